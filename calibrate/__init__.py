@@ -1,0 +1,1 @@
+"""Calibration: statistics, bases and bit allocation for a model (planned; empty for now)."""

@@ -1,0 +1,1 @@
+"""Papers, one file each."""

@@ -1,0 +1,1 @@
+"""Hugging Face decoders as Flax NNX modules that read and write a KVCache."""
