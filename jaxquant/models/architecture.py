@@ -98,7 +98,9 @@ def _sizes(config: Mapping[str, Any], *, dim: int | None, epsilon: float, positi
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
-        raise ValueError(f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+        raise ValueError(
+            f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+        )
     dim = config.get("head_dim") or dim or config["hidden_size"] // heads
     if dim % 2:
         raise ValueError(f"config.json: head_dim={dim} is odd; rotary embeddings need an even one")
@@ -247,7 +249,9 @@ def read(folder: Path) -> Architecture:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a model folder holds config.json, *.safetensors, tokenizer.json")
+        raise FileNotFoundError(
+            f"{path}: no such file; a model folder holds config.json, *.safetensors, tokenizer.json"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -119,9 +119,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
         if cache is None:
-            out = causal_attention(
-                q, k, v, mask=mask, scale=self.scale, window=self.window, soft_cap=self.soft_cap
-            )
+            out = causal_attention(q, k, v, mask=mask, scale=self.scale, window=self.window, soft_cap=self.soft_cap)
         elif new == 1:
             cache = caches.append(cache, self.layer, k, v, mask=mask)
             out, _ = attention.decode_attention(
@@ -210,14 +208,22 @@ class Decoder(nnx.Module):
         self.lm_head = None if a.tied else nnx.Linear(a.hidden, a.vocabulary, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, tokens: Int[Array, "batch new"], cache: KVCache | None = None, *, mask: Bool[Array, "batch new"] | None = None
+        self,
+        tokens: Int[Array, "batch new"],
+        cache: KVCache | None = None,
+        *,
+        mask: Bool[Array, "batch new"] | None = None,
     ) -> tuple[Float[Array, "batch new vocabulary"], KVCache | None]:
         """Return the logits of every position; see `hidden` for the arguments."""
         hidden, cache = self.hidden(tokens, cache, mask=mask)
         return self.logits(hidden), cache
 
     def hidden(
-        self, tokens: Int[Array, "batch new"], cache: KVCache | None = None, *, mask: Bool[Array, "batch new"] | None = None
+        self,
+        tokens: Int[Array, "batch new"],
+        cache: KVCache | None = None,
+        *,
+        mask: Bool[Array, "batch new"] | None = None,
     ) -> tuple[Float[Array, "batch new hidden"], KVCache | None]:
         """Run the layers and the last norm, without the projection to the vocabulary.
 
@@ -243,8 +249,11 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "batch new hidden"]) -> Float[Array, "batch new vocabulary"]:
         """Project hidden states to the vocabulary, in float32."""
-        out = self.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
-        out = out.astype(jnp.float32)
+        if self.lm_head is None:
+            weight = self.embed_tokens.embedding[...].T
+        else:
+            weight = self.lm_head.kernel[...]
+        out = jnp.matmul(hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
         cap = self.architecture.logit_soft_cap
         return out if cap is None else cap * jnp.tanh(out / cap)
 

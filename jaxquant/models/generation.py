@@ -84,7 +84,11 @@ def sample(
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _prefill(
-    graph: nnx.GraphDef, state: nnx.State, cache: KVCache, tokens: Int[Array, "batch chunk"], mask: Bool[Array, "batch chunk"]
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    cache: KVCache,
+    tokens: Int[Array, "batch chunk"],
+    mask: Bool[Array, "batch chunk"],
 ) -> tuple[Float[Array, "batch vocabulary"], KVCache]:
     decoder: Decoder = nnx.merge(graph, state)
     hidden, extended = decoder.hidden(tokens, cache, mask=mask)
