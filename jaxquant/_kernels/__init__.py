@@ -1,0 +1,1 @@
+"""Attention over stored tokens, one private file per backend."""

@@ -1,0 +1,167 @@
+"""Attention over a stack in plain JAX: any quantizer, any platform, and the oracle for every other backend.
+
+Queries come as rows [batch, kv_heads, rows, dim]: the heads that share a kv head, times the tokens. `position` gives
+each row's place in its sequence (negative: padding, sees nothing). `coded` and `exact` return a `Partial`, attention
+over a part of the tokens, and `merge` joins parts as if all scores had gone through one softmax.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxquant._stacks import Index, Stack, Store
+
+BLOCK = 512  # tokens decoded at a time: the only part of the cache that ever exists in float32
+
+
+class Partial(NamedTuple):
+    """Attention over some of the tokens: the normalized output, and the log of the sum of exponentials."""
+
+    out: Float[Array, "batch kv_heads rows dim"]
+    lse: Float[Array, "batch kv_heads rows"]
+
+
+class Rule(NamedTuple):
+    """What a row may see, and how scores are formed, beside causality."""
+
+    scale: Float[Array, ""]
+    soft_cap: Float[Array, ""] | None
+    sliding_window: Int[Array, ""] | None
+    visible: Bool[Array, "batch capacity"] | None
+
+
+def coded(
+    stack: Stack,
+    index: Index,
+    q: Float[Array, "batch kv_heads rows dim"],
+    position: Int[Array, "batch rows"],
+    exact_from: Int[Array, " batch"],
+    rule: Rule,
+) -> Partial:
+    """Attend to the coded tokens, a block at a time, with an online softmax.
+
+    The query is projected once and the output restored once; the loop looks codes up and multiplies. A token that a row
+    reads from the exact window is left out for that row.
+    """
+    block = min(BLOCK, stack.slots)
+    projected = stack.keys.quantizer.project(q * rule.scale)
+    width = jax.eval_shape(lambda store: _expand(store, index, 0, block), stack.values).shape[-1]
+    rows = projected.shape[:-1]
+
+    def body(i: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        peak, total, acc = carry
+        start = jnp.minimum(i * block, stack.slots - block)
+        token = start + jnp.arange(block, dtype=jnp.int32) + stack.sinks
+        scores = _cap(_scores(projected, _expand(stack.keys, index, start, block)), rule.soft_cap)
+        seen = _sees(position, token, rule, start + stack.sinks)
+        in_window = token > (position[:, :, None] - stack.window)
+        seen &= ~in_window | (token < exact_from[:, None, None])
+        seen &= token >= i * block + stack.sinks  # the last block overlaps the one before it
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
+        new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
+        safe = jnp.where(jnp.isfinite(new_peak), new_peak, 0.0)
+        weights = jnp.exp(scores - safe[..., None])
+        decay = jnp.exp(peak - safe)
+        total = total * decay + jnp.sum(weights, axis=-1)
+        acc = acc * decay[..., None] + _mix(weights, _expand(stack.values, index, start, block))
+        return new_peak, total, acc
+
+    stop = jnp.clip(jnp.max(position) + 1 - stack.sinks, 0, stack.slots)
+    first = jnp.int32(0)
+    if rule.sliding_window is not None:
+        oldest = jnp.min(jnp.where(position < 0, jnp.iinfo(jnp.int32).max, position))
+        first = jnp.clip(oldest - rule.sliding_window + 1 - stack.sinks, 0, stack.slots) // block
+    start = (
+        jnp.full(rows, -jnp.inf, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((*rows, width), jnp.float32),
+    )
+    peak, total, acc = lax.fori_loop(first, -(-stop // block), body, start)
+    return _normalize(peak, total, stack.values.quantizer.restore(acc))
+
+
+def exact(
+    q: Float[Array, "batch kv_heads rows dim"],
+    k: Float[Array, "batch kv_heads tokens dim"],
+    v: Float[Array, "batch kv_heads tokens dim"],
+    position: Int[Array, "batch rows"],
+    token: Int[Array, "batch tokens"],
+    rule: Rule,
+    *,
+    window: int | None = None,
+) -> Partial:
+    """Attend to exact tokens at the positions `token` (negative: none there), all at once.
+
+    Args:
+        q: rows of queries.
+        k: keys.
+        v: values.
+        position: of each row.
+        token: position of each key and value.
+        rule: see `Rule`.
+        window: where given, a row sees only the newest `window` tokens up to its own.
+    """
+    scores = _cap(_scores(q.astype(jnp.float32) * rule.scale, k.astype(jnp.float32)), rule.soft_cap)
+    seen = _sees(position, token[:, None, :], rule, None) & (token >= 0)[:, None, :]
+    if window is not None:
+        seen &= token[:, None, :] > (position[:, :, None] - window)
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    peak = jnp.max(scores, axis=-1, initial=-jnp.inf)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0)[..., None])
+    return _normalize(peak, jnp.sum(weights, axis=-1), _mix(weights, v.astype(jnp.float32)))
+
+
+def merge(parts: list[Partial]) -> Partial:
+    """Join attention over disjoint sets of tokens."""
+    if len(parts) == 1:
+        return parts[0]
+    each = jnp.stack([part.lse for part in parts])
+    lse = jax.nn.logsumexp(each, axis=0)
+    weights = jnp.exp(each - jnp.where(jnp.isfinite(lse), lse, 0.0))
+    return Partial(sum(w[..., None] * part.out for w, part in zip(weights, parts, strict=True)), lse)  # pyright: ignore
+
+
+def _expand(store: Store, index: Index, start: Index, block: int) -> Float[Array, "batch kv_heads block width"]:
+    def cut(leaf: Array) -> Array:
+        begin = (index, 0, 0, start, *(0,) * (leaf.ndim - 4))
+        begin = tuple(jnp.asarray(i, jnp.int32) for i in begin)
+        return lax.dynamic_slice(leaf, begin, (1, *leaf.shape[1:3], block, *leaf.shape[4:]))[0]
+
+    return store.quantizer.expand(jax.tree.map(cut, store.codes))
+
+
+def _scores(q: Array, k: Array) -> Float[Array, "batch kv_heads rows tokens"]:
+    return jnp.einsum("bhrd,bhtd->bhrt", q, k, precision="highest")
+
+
+def _mix(weights: Array, v: Array) -> Float[Array, "batch kv_heads rows width"]:
+    return jnp.einsum("bhrt,bhtd->bhrd", weights, v, precision="highest")
+
+
+def _cap(scores: Array, soft_cap: Array | None) -> Array:
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
+def _sees(
+    position: Int[Array, "batch rows"], token: Int[Array, "*tokens"], rule: Rule, start: Int[Array, ""] | None
+) -> Bool[Array, "batch rows tokens"]:
+    """Say which tokens each row may see; `start` is the first of a contiguous run of tokens."""
+    seen = token <= position[:, :, None]
+    if rule.sliding_window is not None:
+        seen &= token > position[:, :, None] - rule.sliding_window
+    if rule.visible is not None:
+        if start is not None:
+            visible = lax.dynamic_slice_in_dim(rule.visible, start, token.shape[-1], axis=1)[:, None]
+        else:
+            visible = jnp.take_along_axis(rule.visible[:, None], jnp.maximum(token, 0), axis=2, mode="clip")
+        seen &= visible
+    return seen
+
+
+def _normalize(peak: Array, total: Array, out: Array) -> Partial:
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    return Partial(out / safe[..., None], jnp.where(some, peak + jnp.log(safe), -jnp.inf))

@@ -1,0 +1,287 @@
+"""Attention over a packed cache: one token (`decode_attention`) or a chunk (`prefill_attention`) at a time.
+
+Both read the same tokens in the same way. For a query at position p, the first `sinks` tokens and the newest `window`
+tokens up to p are exact and every other token is decoded from its code, so that the result does not depend on how the
+input was cut into chunks. Parts are joined by their log-sum-exp.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from jaxquant import _stacks
+from jaxquant._kernels import xla
+from jaxquant._stacks import Index, Stack
+from jaxquant.cache import KVCache, append, resolve, switch
+
+_QUERY_CHUNK = 256  # tokens of a prefill chunk that are scored at a time
+
+Implementation = Literal["xla"]
+Number = float | Float[Array, ""]
+
+
+def decode_attention(
+    q: Float[Array, "batch heads dim"],
+    cache: KVCache,
+    layer: Index,
+    *,
+    scale: Number | None = None,
+    soft_cap: Number | None = None,
+    sliding_window: int | Integer[Array, ""] | None = None,
+    visible: Bool[Array, "batch capacity"] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "batch heads dim"], Float[Array, "batch heads"]]:
+    """Attend from the newest token of every row to all tokens the cache holds.
+
+    The cache is read as codes: nothing of it is decoded but one block of tokens at a time.
+
+    Args:
+        q: queries of the token appended last; `heads` is a multiple of the cache's kv_heads, and neighbouring query
+            heads share a kv head.
+        cache: after the `append` of that token.
+        layer: a Python integer, or an integer array when it is not known at trace time.
+        scale: of the scores before the softmax; dim**-0.5 if None.
+        soft_cap: bound of the scores, `cap * tanh(score / cap)`.
+        sliding_window: newest tokens that may be seen; all if None.
+        visible: False hides the token at that position of the row.
+        implementation: "xla" runs everywhere and is the reference; None picks the fastest there is.
+
+    Returns:
+        The output, in q's dtype, and the natural log of the sum of exponentials of the scores, in float32, by which
+        outputs over different tokens can be merged. Rows without a visible token give 0 and -inf.
+
+    Raises:
+        ValueError: a shape does not fit the cache, or an argument is out of range.
+
+    Example:
+        >>> from jaxquant import cache
+        >>> from jaxquant.methods import turboquant
+        >>> k, v = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=4)
+        >>> c = cache.init(k, v, layers=1, batch=1, kv_heads=2, capacity=16)
+        >>> c = cache.append(c, 0, jnp.ones((1, 3, 2, 64)), jnp.ones((1, 3, 2, 64)))
+        >>> out, lse = decode_attention(jnp.ones((1, 8, 64)), c, 0)
+        >>> out.shape, lse.shape
+        ((1, 8, 64), (1, 8))
+    """
+    _check_queries("q", q, (cache.batch, "heads", cache.dim), heads_axis=1, cache=cache)
+    _check_rule(cache, sliding_window, visible, implementation)
+    rule = _rule(cache, scale, soft_cap, sliding_window, visible)
+    return _decode(cache, *resolve(cache, layer), q, rule)
+
+
+def prefill_attention(
+    q: Float[Array, "batch new heads dim"],
+    k: Float[Array, "batch new kv_heads dim"],
+    v: Float[Array, "batch new kv_heads dim"],
+    cache: KVCache,
+    layer: Index,
+    *,
+    mask: Bool[Array, "batch new"] | None = None,
+    scale: Number | None = None,
+    soft_cap: Number | None = None,
+    sliding_window: int | Integer[Array, ""] | None = None,
+    visible: Bool[Array, "batch capacity"] | None = None,
+) -> tuple[Float[Array, "batch new heads dim"], Float[Array, "batch new heads"], KVCache]:
+    """Append a chunk of tokens to one layer and attend causally from each of them.
+
+    Args:
+        q: queries of the new tokens.
+        k: their keys, after any position encoding.
+        v: their values.
+        cache: before the append.
+        layer: a Python integer, or an integer array when it is not known at trace time.
+        mask: False marks padding, anywhere in the row: it is not stored, nobody sees it, and its output is 0.
+        scale: of the scores before the softmax; dim**-0.5 if None.
+        soft_cap: bound of the scores, `cap * tanh(score / cap)`.
+        sliding_window: newest tokens that may be seen, the query's own included; all if None.
+        visible: False hides the token at that position of the row.
+
+    Returns:
+        The output in q's dtype, the natural log-sum-exp of the scores in float32, and the cache after the append.
+
+    Raises:
+        ValueError: a shape does not fit the cache, or an argument is out of range.
+
+    Example:
+        >>> from jaxquant import cache
+        >>> from jaxquant.methods import turboquant
+        >>> k, v = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=4)
+        >>> c = cache.init(k, v, layers=1, batch=1, kv_heads=2, capacity=16)
+        >>> x = jnp.ones((1, 3, 2, 64))
+        >>> out, lse, c = prefill_attention(jnp.ones((1, 3, 8, 64)), x, x, c, 0)
+        >>> out.shape, c.length
+        ((1, 3, 8, 64), Array([[3]], dtype=int32))
+    """
+    _check_queries("q", q, (cache.batch, k.shape[1], "heads", cache.dim), heads_axis=2, cache=cache)
+    _check_rule(cache, sliding_window, visible, None)
+    after = append(cache, layer, k, v, mask=mask)
+    rule = _rule(cache, scale, soft_cap, sliding_window, visible)
+    out, lse = _prefill(cache, after, *resolve(cache, layer), q, k, v, mask, rule)
+    return out, lse, after
+
+
+def merge(
+    first: tuple[Float[Array, "*rows dim"], Float[Array, "*rows"]],
+    second: tuple[Float[Array, "*rows dim"], Float[Array, "*rows"]],
+) -> tuple[Float[Array, "*rows dim"], Float[Array, "*rows"]]:
+    """Join two results (output, log-sum-exp) over disjoint sets of tokens into the result over all of them.
+
+    Example:
+        >>> out, lse = merge((jnp.array([1.0]), jnp.array(0.0)), (jnp.array([3.0]), jnp.array(0.0)))
+        >>> out
+        Array([2.], dtype=float32)
+    """
+    joined = xla.merge([xla.Partial(*first), xla.Partial(*second)])
+    return joined.out, joined.lse
+
+
+@functools.partial(jax.jit, static_argnames="stack")
+def _decode(cache: KVCache, layer: Index, stack: int | None, q: Array, rule: xla.Rule) -> tuple[Array, Array]:
+    length, exact_from = cache.length[layer], cache.exact_from[layer]
+    position = length[:, None] - 1
+
+    def attend(which: int, index: Index) -> tuple[Array, Array]:
+        held = cache.stacks[which]
+        queries = _rows(q[:, None], held)
+        where = _repeat(position, q.shape[1], held)
+        parts = [xla.coded(held, index, queries, where, exact_from, rule), *_sinks(held, index, queries, where, rule)]
+        if held.window:
+            token = _stacks.ring_positions(length, held.window)
+            token = jnp.where((token >= exact_from[:, None]) & (token >= held.sinks), token, -1)
+            keys, values = held.keys.window[index], held.values.window[index]
+            parts.append(xla.exact(queries, keys, values, where, token, rule))
+        out, lse = xla.merge(parts)
+        return _heads(out, 1)[:, 0].astype(q.dtype), _heads(lse[..., None], 1)[:, 0, :, 0]
+
+    return switch(cache, layer, stack, attend)
+
+
+@functools.partial(jax.jit, static_argnames="stack")
+def _prefill(
+    before: KVCache,
+    after: KVCache,
+    layer: Index,
+    stack: int | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    rule: xla.Rule,
+) -> tuple[Array, Array]:
+    new = q.shape[1]
+    start, exact_from = before.length[layer], before.exact_from[layer]
+    order = None
+    if mask is not None:  # tokens first, padding last: positions then run without gaps
+        order = jnp.argsort(~mask, axis=1, stable=True)
+        q, k, v = (jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (q, k, v))
+    count = after.length[layer] - start
+    rank = jnp.arange(new, dtype=jnp.int32)
+    position = jnp.where(rank < count[:, None], start[:, None] + rank, -1)
+
+    def attend(which: int, index: Index) -> tuple[Array, Array]:
+        held, old = after.stacks[which], before.stacks[which]
+        band = [_band(old, index, start, exact_from, x, i) for i, x in enumerate((k, v))] if held.window else []
+
+        def chunk(first: Int[Array, ""], size: int) -> tuple[Array, Array]:
+            where = _repeat(lax.dynamic_slice_in_dim(position, first, size, axis=1), q.shape[2], held)
+            queries = _rows(lax.dynamic_slice_in_dim(q, first, size, axis=1), held)
+            parts = [
+                xla.coded(held, index, queries, where, exact_from, rule),
+                *_sinks(held, index, queries, where, rule),
+            ]
+            if band:
+                # Entry e of the band is the token at position start - window + e.
+                span = size + held.window
+                token = (start - held.window + first)[:, None] + jnp.arange(span, dtype=jnp.int32)
+                known = (token >= exact_from[:, None]) & (token >= held.sinks)
+                keys, values = (lax.dynamic_slice_in_dim(x, first, span, axis=2) for x in band)
+                token = jnp.where(known, token, -1)
+                parts.append(xla.exact(queries, keys, values, where, token, rule, window=held.window))
+            out, lse = xla.merge(parts)
+            return _heads(out, size).astype(q.dtype), _heads(lse[..., None], size)[..., 0]
+
+        if new <= _QUERY_CHUNK:
+            return chunk(jnp.int32(0), new)
+        steps = jnp.minimum(jnp.arange(-(-new // _QUERY_CHUNK), dtype=jnp.int32) * _QUERY_CHUNK, new - _QUERY_CHUNK)
+        out, lse = lax.map(lambda first: chunk(first, _QUERY_CHUNK), steps)
+        return _joined(out, new), _joined(lse, new)
+
+    out, lse = switch(before, layer, stack, attend)
+    if mask is None:
+        return out, lse
+    assert order is not None
+    back = jnp.argsort(order, axis=1)
+    return jnp.take_along_axis(out, back[:, :, None, None], axis=1), jnp.take_along_axis(lse, back[:, :, None], axis=1)
+
+
+def _sinks(held: Stack, index: Index, queries: Array, where: Array, rule: xla.Rule) -> list[xla.Partial]:
+    if not held.sinks:
+        return []
+    token = jnp.broadcast_to(jnp.arange(held.sinks, dtype=jnp.int32), (queries.shape[0], held.sinks))
+    return [xla.exact(queries, held.keys.sinks[index], held.values.sinks[index], where, token, rule)]
+
+
+def _band(old: Stack, index: Index, start: Array, exact_from: Array, x: Array, which: int) -> Array:
+    """Line up the window as it was before the chunk with the chunk itself: [batch, kv_heads, window + new, dim]."""
+    ring = (old.keys, old.values)[which].window
+    slot = (start[:, None] - old.window + jnp.arange(old.window, dtype=jnp.int32)) % old.window
+    past = jnp.take_along_axis(ring[index], slot[:, None, :, None], axis=2)
+    return jnp.concatenate([past, jnp.swapaxes(x, 1, 2).astype(ring.dtype)], axis=2)
+
+
+def _rows(q: Float[Array, "batch new heads dim"], held: Stack) -> Float[Array, "batch kv_heads rows dim"]:
+    batch, new, heads, dim = q.shape
+    kv_heads = held.keys.sinks.shape[2]
+    rows = q.reshape(batch, new, kv_heads, heads // kv_heads, dim).astype(jnp.float32)
+    return jnp.moveaxis(rows, 1, 3).reshape(batch, kv_heads, -1, dim)
+
+
+def _heads(rows: Float[Array, "batch kv_heads rows last"], new: int) -> Float[Array, "batch new heads last"]:
+    batch, kv_heads, _, last = rows.shape
+    return jnp.moveaxis(rows.reshape(batch, kv_heads, -1, new, last), 3, 1).reshape(batch, new, -1, last)
+
+
+def _repeat(position: Int[Array, "batch new"], heads: int, held: Stack) -> Int[Array, "batch rows"]:
+    return jnp.tile(position, (1, heads // held.keys.sinks.shape[2]))
+
+
+def _joined(steps: Array, new: int) -> Array:
+    """Join chunks of queries along tokens; the last chunk overlaps the one before it."""
+    count, size = steps.shape[0], steps.shape[2]
+    whole = jnp.moveaxis(steps[:-1], 0, 1)
+    whole = whole.reshape(whole.shape[0], (count - 1) * size, *whole.shape[3:])
+    return jnp.concatenate([whole, steps[-1][:, size - (new - (count - 1) * size) :]], axis=1)
+
+
+def _rule(cache: KVCache, scale: Number | None, soft_cap: Number | None, sliding_window, visible) -> xla.Rule:
+    return xla.Rule(
+        scale=jnp.asarray(cache.dim**-0.5 if scale is None else scale, jnp.float32),
+        soft_cap=None if soft_cap is None else jnp.asarray(soft_cap, jnp.float32),
+        sliding_window=None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32),
+        visible=visible,
+    )
+
+
+def _check_queries(name: str, q: Array, expected: tuple, *, heads_axis: int, cache: KVCache) -> None:
+    fits = q.ndim == len(expected) and all(w == got for w, got in zip(expected, q.shape, strict=True) if w != "heads")
+    if not fits:
+        raise ValueError(f"{name} must have shape {list(expected)}, got {list(q.shape)}")
+    if q.shape[heads_axis] % cache.kv_heads or not q.shape[heads_axis]:
+        raise ValueError(
+            f"heads of {name} must be a multiple of kv_heads = {cache.kv_heads}, got {q.shape[heads_axis]}"
+        )
+
+
+def _check_rule(cache: KVCache, sliding_window, visible, implementation: str | None) -> None:
+    if isinstance(sliding_window, int) and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
+    if visible is not None and visible.shape != (cache.batch, cache.capacity):
+        raise ValueError(
+            f"visible must have shape [batch, capacity] = {[cache.batch, cache.capacity]}, got {list(visible.shape)}"
+        )
+    if implementation not in (None, "xla"):
+        raise ValueError(f"implementation must be None or 'xla', got {implementation!r}")

@@ -1,0 +1,354 @@
+"""The KV cache: packed codes are the storage, and every operation is a pure function of it.
+
+A row of the cache holds the tokens of one sequence, positions 0, 1, ... `length - 1`. The first `sinks` of them are
+kept exact and never coded. Every later token is coded when it arrives, and the newest `window` tokens are kept exact
+beside their codes, in a ring. Nothing is coded twice, so any way of cutting the input into chunks gives the same cache.
+
+Layers are stacked on a leading axis. Layers named in `exact_layers` form a second stack, which is not compressed.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from jaxquant import _stacks
+from jaxquant._pytree import pytree, static
+from jaxquant._stacks import Index, Stack, Store
+from jaxquant.protocols import Quantizer
+from jaxquant.quantizers import Exact
+
+T = TypeVar("T")
+
+
+@pytree
+class KVCache:
+    """Keys and values of every layer.
+
+    Attributes:
+        stacks: the storage.
+        length: tokens held, [layers, batch].
+        exact_from: first position the window still holds exactly, [layers, batch]; it moves only when `crop` shortens a
+            row, since tokens that left the window cannot come back.
+        places: for each layer, its stack and its index there.
+    """
+
+    stacks: tuple[Stack, ...]
+    length: Int[Array, "layers batch"]
+    exact_from: Int[Array, "layers batch"]
+    places: tuple[tuple[int, int], ...] = static()
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.places)
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.length.shape[-1]
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of the keys and values."""
+        return self.stacks[0].keys.sinks.shape[2]
+
+    @property
+    def dim(self) -> int:
+        """Length of a key or value vector."""
+        return self.stacks[0].keys.quantizer.dim
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens a row can hold."""
+        return self.stacks[0].sinks + self.stacks[0].slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, everything included: codes, scales, exact tokens, lengths and the quantizers' own numbers."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of key and value, scales and exact copies included, for each token of capacity and kv head."""
+        held = sum(leaf.nbytes for stack in self.stacks for leaf in jax.tree.leaves(_without_quantizers(stack)))
+        return held / (self.layers * self.batch * self.kv_heads * self.capacity)
+
+
+def init(
+    keys: Quantizer,
+    values: Quantizer,
+    *,
+    layers: int,
+    batch: int,
+    kv_heads: int,
+    capacity: int,
+    sinks: int = 0,
+    window: int = 0,
+    exact_layers: Sequence[int] = (),
+    dtype: DTypeLike = jnp.bfloat16,
+) -> KVCache:
+    """Allocate an empty cache.
+
+    Args:
+        keys: quantizer of the keys; `quantizers.Exact` for an uncompressed cache.
+        values: quantizer of the values, of the same dim.
+        layers: of the model.
+        batch: rows.
+        kv_heads: heads of the keys and values (not of the queries).
+        capacity: most tokens a row can hold. Tokens appended beyond it are dropped.
+        sinks: tokens at the start of a row that stay exact.
+        window: newest tokens that stay exact.
+        exact_layers: layers that are not compressed; negative numbers count from the end.
+        dtype: of the tokens kept exact, and of the exact layers.
+
+    Raises:
+        ValueError: a size is out of range, or the quantizers' dims differ.
+
+    Example:
+        >>> from jaxquant.methods import turboquant
+        >>> k, v = turboquant.kv(jax.random.key(0), dim=128, bits_k=4, bits_v=2)
+        >>> init(k, v, layers=2, batch=1, kv_heads=8, capacity=1024).bytes_per_token
+        100.0
+    """
+    for name, size in {"layers": layers, "batch": batch, "kv_heads": kv_heads, "capacity": capacity}.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if not 0 <= sinks < capacity:
+        raise ValueError(f"sinks must be from 0 to capacity - 1 = {capacity - 1}, got {sinks}")
+    if window < 0:
+        raise ValueError(f"window must not be negative, got {window}")
+    if keys.dim != values.dim:
+        raise ValueError(f"keys and values must have the same dim, got {keys.dim} and {values.dim}")
+    outside = [layer for layer in exact_layers if not -layers <= layer < layers]
+    if outside:
+        raise ValueError(f"exact_layers must be from {-layers} to {layers - 1}, got {outside}")
+
+    float_name = jnp.dtype(dtype).name
+    exact = {layer % layers for layer in exact_layers}
+    stacks, places = [], [(0, 0)] * layers
+    for members, compressed in (sorted(set(range(layers)) - exact), True), (sorted(exact), False):
+        if not members:
+            continue
+        for index, layer in enumerate(members):
+            places[layer] = (len(stacks), index)
+        kept = {"sinks": sinks, "window": window} if compressed else {"sinks": 0, "window": 0}
+        whole = Exact(dim=keys.dim, dtype=float_name)  # pyright: ignore[reportArgumentType]
+        stores = [
+            _stacks.allocate(
+                quantizer if compressed else whole,
+                *(len(members), batch, kv_heads),
+                slots=capacity - kept["sinks"],
+                dtype=float_name,
+                **kept,
+            )
+            for quantizer in (keys, values)
+        ]
+        stacks.append(Stack(keys=stores[0], values=stores[1]))
+    return KVCache(
+        stacks=tuple(stacks),
+        length=jnp.zeros((layers, batch), jnp.int32),
+        exact_from=jnp.zeros((layers, batch), jnp.int32),
+        places=tuple(places),
+    )
+
+
+def append(
+    cache: KVCache,
+    layer: Index,
+    k: Float[Array, "batch new kv_heads dim"],
+    v: Float[Array, "batch new kv_heads dim"],
+    *,
+    mask: Bool[Array, "batch new"] | None = None,
+) -> KVCache:
+    """Add tokens to the end of every row of one layer.
+
+    Inside a jitted step that donates the cache, the buffers are updated in place.
+
+    Args:
+        cache: to add to.
+        layer: a Python integer, or an integer array when it is not known at trace time (as in `lax.scan`).
+        k: keys, as attention will read them (after any position encoding).
+        v: values.
+        mask: False marks padding, anywhere in the row; such tokens are not stored.
+
+    Raises:
+        ValueError: a shape does not fit the cache, or `layer` is out of range.
+
+    Example:
+        >>> from jaxquant.quantizers import Exact
+        >>> c = init(Exact(dim=64), Exact(dim=64), layers=1, batch=1, kv_heads=2, capacity=16)
+        >>> append(c, 0, jnp.ones((1, 3, 2, 64)), jnp.ones((1, 3, 2, 64))).length
+        Array([[3]], dtype=int32)
+    """
+    expected = (cache.batch, k.shape[1] if k.ndim == 4 else "new", cache.kv_heads, cache.dim)
+    for name, x in {"k": k, "v": v}.items():
+        if x.shape != expected:
+            raise ValueError(
+                f"{name} must have shape [batch, new, kv_heads, dim] = {list(expected)}, got {list(x.shape)}"
+            )
+    if mask is not None and mask.shape != k.shape[:2]:
+        raise ValueError(f"mask must have shape [batch, new] = {list(k.shape[:2])}, got {list(mask.shape)}")
+    return _append(cache, *resolve(cache, layer), k, v, mask)
+
+
+@functools.partial(jax.jit, static_argnames="stack")
+def _append(cache: KVCache, layer: Index, stack: int | None, k: Array, v: Array, mask: Array | None) -> KVCache:
+    start = cache.length[layer]
+    valid = jnp.ones(k.shape[:2], bool) if mask is None else mask
+    count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+    length = jnp.minimum(start + count[:, -1], cache.capacity) if k.shape[1] else start
+    position = jnp.where(valid, start[:, None] + count - 1, cache.capacity)
+
+    def written(stack: Stack, index: Index) -> Stack:
+        return Stack(
+            keys=_stacks.write(stack.keys, index, jnp.swapaxes(k, 1, 2), position, length),
+            values=_stacks.write(stack.values, index, jnp.swapaxes(v, 1, 2), position, length),
+        )
+
+    def replaced(which: int, index: Index) -> tuple[Stack, ...]:
+        return tuple(written(stack, index) if i == which else stack for i, stack in enumerate(cache.stacks))
+
+    return KVCache(
+        stacks=switch(cache, layer, stack, replaced),
+        length=cache.length.at[layer].set(length),
+        exact_from=cache.exact_from,
+        places=cache.places,
+    )
+
+
+def materialize(
+    cache: KVCache, layer: Index
+) -> tuple[Float[Array, "batch capacity kv_heads dim"], Float[Array, "batch capacity kv_heads dim"]]:
+    """Decode one layer: the keys and values that attention reads for the next token, in float32.
+
+    Positions from `length` on are zero. This is for inspection and tests: attention itself never does it.
+
+    Example:
+        >>> from jaxquant.quantizers import Exact
+        >>> c = init(Exact(dim=64), Exact(dim=64), layers=1, batch=1, kv_heads=2, capacity=16)
+        >>> k, v = materialize(c, 0)
+        >>> k.shape
+        (1, 16, 2, 64)
+    """
+    return _materialize(cache, *resolve(cache, layer))
+
+
+@functools.partial(jax.jit, static_argnames="stack")
+def _materialize(cache: KVCache, layer: Index, stack: int | None) -> tuple[Array, Array]:
+    length, exact_from = cache.length[layer], cache.exact_from[layer]
+    rows = jnp.arange(cache.batch, dtype=jnp.int32)[:, None]
+    held = jnp.arange(cache.capacity, dtype=jnp.int32) < length[:, None]
+
+    def decoded(store: Store, index: Index) -> Array:
+        sinks, window = store.sinks.shape[3], store.window.shape[3]
+        codes = jax.tree.map(lambda leaf: leaf[index], store.codes)
+        coded = store.quantizer.restore(store.quantizer.expand(codes))
+        x = jnp.concatenate([store.sinks[index].astype(jnp.float32), coded], axis=2)
+        if window:
+            position = _stacks.ring_positions(length, window)
+            exact = (position >= exact_from[:, None]) & (position >= sinks)
+            position = jnp.where(exact, position, cache.capacity)
+            recent = jnp.swapaxes(store.window[index], 1, 2).astype(jnp.float32)
+            x = x.at[rows, :, position].set(recent, mode="drop")
+        return jnp.swapaxes(jnp.where(held[:, None, :, None], x, 0.0), 1, 2)
+
+    def both(which: int, index: Index) -> tuple[Array, Array]:
+        return decoded(cache.stacks[which].keys, index), decoded(cache.stacks[which].values, index)
+
+    return switch(cache, layer, stack, both)
+
+
+@jax.jit
+def crop(cache: KVCache, length: int | Integer[Array, "*batch"]) -> KVCache:
+    """Forget every token from position `length` on, in all layers: for rejected drafts and edited prompts.
+
+    Tokens that had left the exact window are read from their codes from now on.
+
+    Args:
+        cache: to shorten.
+        length: tokens to keep, one number or one a row; rows that are shorter stay as they are.
+
+    Example:
+        >>> from jaxquant.quantizers import Exact
+        >>> c = init(Exact(dim=64), Exact(dim=64), layers=1, batch=2, kv_heads=2, capacity=16)
+        >>> c = append(c, 0, jnp.ones((2, 3, 2, 64)), jnp.ones((2, 3, 2, 64)))
+        >>> crop(c, jnp.array([1, 9])).length
+        Array([[1, 3]], dtype=int32)
+    """
+    kept = jnp.clip(jnp.asarray(length, jnp.int32), 0, cache.length)
+    window = max(stack.window for stack in cache.stacks)
+    in_window = jnp.maximum(cache.exact_from, cache.length - window)
+    exact_from = jnp.where(kept < cache.length, jnp.minimum(in_window, kept), cache.exact_from)
+    return KVCache(stacks=cache.stacks, length=kept, exact_from=exact_from, places=cache.places)
+
+
+@jax.jit
+def reorder(cache: KVCache, rows: Integer[Array, " rows"]) -> KVCache:
+    """Take rows of the batch in a new order, with repetition or omission: for beams, forks and finished sequences.
+
+    Args:
+        cache: to take from.
+        rows: indices into the batch, clamped to it; the new batch has as many rows.
+
+    Example:
+        >>> from jaxquant.quantizers import Exact
+        >>> c = init(Exact(dim=64), Exact(dim=64), layers=1, batch=2, kv_heads=2, capacity=16)
+        >>> reorder(c, jnp.array([0, 0, 0, 1])).batch
+        4
+    """
+
+    def taken(tree: T) -> T:
+        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=1, mode="clip"), tree)
+
+    def store(old: Store) -> Store:
+        return Store(quantizer=old.quantizer, codes=taken(old.codes), sinks=taken(old.sinks), window=taken(old.window))
+
+    return KVCache(
+        stacks=tuple(Stack(keys=store(stack.keys), values=store(stack.values)) for stack in cache.stacks),
+        length=taken(cache.length),
+        exact_from=taken(cache.exact_from),
+        places=cache.places,
+    )
+
+
+def fork(cache: KVCache, *, copies: int) -> KVCache:
+    """Repeat every row: continue one prefix in several ways.
+
+    Example:
+        >>> from jaxquant.quantizers import Exact
+        >>> c = init(Exact(dim=64), Exact(dim=64), layers=1, batch=2, kv_heads=2, capacity=16)
+        >>> fork(c, copies=3).batch
+        6
+    """
+    return reorder(cache, jnp.repeat(jnp.arange(cache.batch, dtype=jnp.int32), copies))
+
+
+def _without_quantizers(stack: Stack) -> Any:
+    return [(store.codes, store.sinks, store.window) for store in (stack.keys, stack.values)]
+
+
+def resolve(cache: KVCache, layer: Index) -> tuple[Index, int | None]:
+    """Split a layer into an index that does not retrace and its stack, where that is known before tracing."""
+    if isinstance(layer, int | np.integer):
+        if not -cache.layers <= layer < cache.layers:
+            raise ValueError(f"layer must be from {-cache.layers} to {cache.layers - 1}, got {layer}")
+        layer = int(layer) % cache.layers
+        return jnp.int32(layer), cache.places[layer][0]
+    return layer, 0 if len(cache.stacks) == 1 else None
+
+
+def switch(cache: KVCache, layer: Index, stack: int | None, branch: Callable[[int, Index], T]) -> T:
+    """Call `branch(stack, index)` with the place of a layer, as `resolve` split it."""
+    if len(cache.stacks) == 1:
+        return branch(0, layer)
+    which, index = jnp.asarray(cache.places, jnp.int32)[layer]
+    if stack is not None:
+        return branch(stack, index)
+    return lax.switch(which, [functools.partial(branch, i) for i in range(len(cache.stacks))], index)

@@ -1,0 +1,279 @@
+"""Attention over the packed cache against a dense oracle in float64, for every way of filling the cache."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import attention, cache, quantizers
+from jaxquant.methods import turboquant
+
+DIM, HEADS, KV_HEADS, CAPACITY = 16, 4, 2, 64
+
+
+def pair(bits_k=4, bits_v=2):
+    return turboquant.kv(jax.random.key(7), dim=DIM, bits_k=bits_k, bits_v=bits_v)
+
+
+def empty(*, batch=2, sinks=0, window=0, layers=2, quantizers_=None, dtype=jnp.float32, **kwargs):
+    k, v = quantizers_ or pair()
+    return cache.init(
+        k,
+        v,
+        layers=layers,
+        batch=batch,
+        kv_heads=KV_HEADS,
+        capacity=CAPACITY,
+        sinks=sinks,
+        window=window,
+        dtype=dtype,
+        **kwargs,
+    )
+
+
+def tokens(seed, batch=2, new=40):
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(batch, new, HEADS, DIM)).astype(np.float32) * 2
+    k, v = (rng.normal(size=(batch, new, KV_HEADS, DIM)).astype(np.float32) for _ in range(2))
+    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+
+
+def coded(quantizer, x):
+    return np.asarray(quantizers.dequantize(quantizer, quantizers.quantize(quantizer, x)), np.float64)
+
+
+def oracle(q, k, v, *, keys, values, sinks=0, window=0, scale=None, soft_cap=None, sliding_window=None, visible=None):
+    """Dense causal attention of one row in float64: each query reads exact or coded tokens by their distance."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    k_coded, v_coded = coded(keys, k.astype(np.float32)), coded(values, v.astype(np.float32))
+    new, heads, dim = q.shape
+    out, lse = np.zeros((new, heads, dim)), np.full((new, heads), -np.inf)
+    for p in range(new):
+        seen = np.arange(p + 1)
+        if sliding_window is not None:
+            seen = seen[seen > p - sliding_window]
+        if visible is not None:
+            seen = seen[visible[seen]]
+        if not len(seen):
+            continue
+        exact = ((seen < sinks) | (seen > p - window))[:, None, None]
+        kk, vv = np.where(exact, k[seen], k_coded[seen]), np.where(exact, v[seen], v_coded[seen])
+        for h in range(heads):
+            g = h // (heads // k.shape[1])
+            s = kk[:, g] @ q[p, h] * (dim**-0.5 if scale is None else scale)
+            s = s if soft_cap is None else soft_cap * np.tanh(s / soft_cap)
+            top = s.max()
+            w = np.exp(s - top)
+            out[p, h], lse[p, h] = w @ vv[:, g] / w.sum(), top + np.log(w.sum())
+    return out, lse
+
+
+def assert_same(result, expected):
+    """Float32 sums of CAPACITY terms against float64."""
+    for got, want in zip(result, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=64 * np.finfo(np.float32).eps * 8)
+
+
+CASES = {
+    "plain": {},
+    "sinks": {"sinks": 3},
+    "window": {"window": 8},
+    "both": {"sinks": 3, "window": 8},
+    "sliding": {"sliding_window": 5},
+    "sliding over window": {"sinks": 2, "window": 8, "sliding_window": 11},
+    "cap and scale": {"soft_cap": 2.0, "scale": 0.7, "window": 4},
+}
+
+
+@pytest.fixture(params=CASES, ids=list(CASES))
+def case(request):
+    return CASES[request.param]
+
+
+def split(case):
+    held = {name: case[name] for name in ("sinks", "window") if name in case}
+    return held, {name: value for name, value in case.items() if name not in held}
+
+
+@pytest.mark.parametrize("cuts", [(40,), (17, 23), (1, 5, 1, 9, 9, 8, 7)], ids=["one", "two", "seven"])
+def test_prefill_equals_oracle_for_any_chunking(case, cuts):
+    held, rule = split(case)
+    c = empty(**held)
+    q, k, v = tokens(0)
+    outs = []
+    for start, stop in zip(np.cumsum((0, *cuts))[:-1], np.cumsum(cuts), strict=True):
+        out, lse, c = attention.prefill_attention(q[:, start:stop], k[:, start:stop], v[:, start:stop], c, 1, **rule)
+        outs.append((out, lse))
+    out, lse = (np.concatenate(part, axis=1) for part in zip(*outs, strict=True))
+    keys, values = pair()
+    for row in range(2):
+        expected = oracle(q[row], k[row], v[row], keys=keys, values=values, **case)
+        assert_same((out[row], lse[row]), expected)
+        with pytest.raises(AssertionError):
+            assert_same((out[row], lse[row]), oracle(q[row], k[row], k[row], keys=keys, values=values, **case))
+        with pytest.raises(AssertionError):
+            assert_same((out[row], lse[row]), oracle(q[row], k[row], v[row], keys=values, values=values, **case))
+    assert c.length.tolist() == [[0, 0], [40, 40]]
+
+
+def test_decode_equals_prefill_token_by_token(case):
+    held, rule = split(case)
+    q, k, v = tokens(1, new=12)
+    expected, expected_lse, full = attention.prefill_attention(q, k, v, empty(**held), 0, **rule)
+    c = empty(**held)
+    for t in range(12):
+        c = cache.append(c, 0, k[:, t : t + 1], v[:, t : t + 1])
+        out, lse = attention.decode_attention(q[:, t], c, 0, **rule)
+        np.testing.assert_allclose(out, expected[:, t], atol=2e-5)
+        np.testing.assert_allclose(lse, expected_lse[:, t], atol=2e-5)
+    chex.assert_trees_all_equal(c, full)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "scattered"])
+def test_padded_rows_equal_unpadded_rows(case, side):
+    held, rule = split(case)
+    q, k, v = tokens(2)
+    counts = [40, 23]
+    mask = np.zeros((2, 40), bool)
+    rng = np.random.default_rng(3)
+    for row, count in enumerate(counts):
+        where = {
+            "left": np.arange(40 - count, 40),
+            "right": np.arange(count),
+            "scattered": np.sort(rng.permutation(40)[:count]),
+        }
+        mask[row, where[side]] = True
+    out, lse, c = attention.prefill_attention(q, k, v, empty(**held), 0, mask=jnp.asarray(mask), **rule)
+    assert c.length.tolist() == [counts, [0, 0]]
+    keys, values = pair()
+    for row in range(2):
+        m = mask[row]
+        expected = oracle(q[row, m], k[row, m], v[row, m], keys=keys, values=values, **case)
+        assert_same((out[row, m], lse[row, m]), expected)
+        assert not np.asarray(out[row, ~m]).any()
+        assert np.isneginf(np.asarray(lse[row, ~m])).all()
+        alone = {**held, "batch": 1}
+        _, _, lonely = attention.prefill_attention(
+            q[row : row + 1, m], k[row : row + 1, m], v[row : row + 1, m], empty(**alone), 0, **rule
+        )
+        mine = cache.reorder(c, jnp.array([row]))
+        for got, want in zip(cache.materialize(mine, 0), cache.materialize(lonely, 0), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_reorder_and_crop_continue_as_if_never_longer():
+    held = {"sinks": 3, "window": 8}
+    q, k, v = tokens(4)
+    _, _, c = attention.prefill_attention(q[:, :20], k[:, :20], v[:, :20], empty(**held), 0)
+    _, _, long = attention.prefill_attention(q[:, 20:26], k[:, 20:26], v[:, 20:26], c, 0)
+    swapped = cache.reorder(long, jnp.array([1, 0, 1]))
+    out, _, _ = attention.prefill_attention(*(x[jnp.array([1, 0, 1]), 26:] for x in (q, k, v)), swapped, 0)
+    expected, _, _ = attention.prefill_attention(q[:, 26:], k[:, 26:], v[:, 26:], long, 0)
+    np.testing.assert_allclose(out, expected[jnp.array([1, 0, 1])], atol=2e-5)
+
+    # Cropped by 6 of a window of 8, positions 18 and 19 are still exact and 12 to 17 are read from codes.
+    cropped = cache.crop(long, 20)
+    out, _, _ = attention.prefill_attention(q[:, 30:31], k[:, 30:31], v[:, 30:31], cropped, 0)
+    keys, values = pair()
+    for row in range(2):
+        kk = np.concatenate([k[row, :20], k[row, 30:31]]).astype(np.float64)
+        vv = np.concatenate([v[row, :20], v[row, 30:31]]).astype(np.float64)
+        kk[3:18], vv[3:18] = coded(keys, k[row, 3:18]), coded(values, v[row, 3:18])
+        exact = quantizers.Exact(dim=DIM, dtype="float32")
+        qq = np.zeros((21, HEADS, DIM))
+        qq[20] = q[row, 30]
+        expected, _ = oracle(qq, kk, vv, keys=exact, values=exact)
+        np.testing.assert_allclose(out[row, 0], expected[20], atol=2e-5)
+
+
+def test_crop_with_no_window_equals_never_appended():
+    q, k, v = tokens(5)
+    _, _, c = attention.prefill_attention(q[:, :20], k[:, :20], v[:, :20], empty(sinks=2), 0)
+    longer = cache.append(c, 0, k[:, 20:], v[:, 20:])
+    ours = attention.prefill_attention(q[:, 30:], k[:, 30:], v[:, 30:], cache.crop(longer, 20), 0)
+    theirs = attention.prefill_attention(q[:, 30:], k[:, 30:], v[:, 30:], c, 0)
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    for got, want in zip(cache.materialize(ours[2], 0), cache.materialize(theirs[2], 0), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_ragged_rows_decode_like_lonely_rows():
+    q, k, v = tokens(6)
+    c = empty(sinks=3, window=8)
+    c = cache.append(c, 0, k, v, mask=jnp.arange(40) < jnp.array([[40], [5]]))
+    out, lse = attention.decode_attention(q[:, 0], c, 0)
+    for row, count in enumerate((40, 5)):
+        alone = cache.append(empty(sinks=3, window=8, batch=1), 0, k[row : row + 1, :count], v[row : row + 1, :count])
+        want, want_lse = attention.decode_attention(q[row : row + 1, 0], alone, 0)
+        np.testing.assert_allclose(out[row], want[0], atol=1e-6)
+        np.testing.assert_allclose(lse[row], want_lse[0], atol=1e-6)
+
+
+def test_empty_row_gives_zero_and_minus_infinity():
+    out, lse = attention.decode_attention(tokens(0)[0][:, 0], empty(sinks=2, window=4), 0)
+    assert not np.asarray(out).any()
+    assert np.isneginf(np.asarray(lse)).all()
+
+
+def test_visible_hides_positions_everywhere():
+    q, k, v = tokens(8)
+    rng = np.random.default_rng(9)
+    visible = rng.random((2, CAPACITY)) < 0.6
+    out, lse, c = attention.prefill_attention(q, k, v, empty(sinks=3, window=8), 0, visible=jnp.asarray(visible))
+    last, last_lse = attention.decode_attention(q[:, -1], c, 0, visible=jnp.asarray(visible))
+    keys, values = pair()
+    for row in range(2):
+        expected = oracle(q[row], k[row], v[row], keys=keys, values=values, sinks=3, window=8, visible=visible[row])
+        assert_same((out[row], lse[row]), expected)
+        assert_same((last[row], last_lse[row]), (expected[0][-1], expected[1][-1]))
+
+
+def test_long_prefill_is_scored_in_chunks(monkeypatch):
+    q, k, v = tokens(10)
+    expected = attention.prefill_attention(q, k, v, empty(sinks=3, window=8), 0)
+    monkeypatch.setattr(attention, "_QUERY_CHUNK", 16)
+    monkeypatch.setattr("jaxquant._kernels.xla.BLOCK", 24)
+    jax.clear_caches()
+    out, lse, _ = attention.prefill_attention(q, k, v, empty(sinks=3, window=8), 0)
+    np.testing.assert_allclose(out, expected[0], atol=2e-5)
+    np.testing.assert_allclose(lse, expected[1], atol=2e-5)
+    jax.clear_caches()
+
+
+def test_merge_equals_one_softmax():
+    q, k, v = tokens(11)
+    c = empty()
+    whole = cache.append(c, 0, k, v)
+    early, late = (
+        jnp.broadcast_to(part, (2, CAPACITY)) for part in (jnp.arange(CAPACITY) < 13, jnp.arange(CAPACITY) >= 13)
+    )
+    parts = [attention.decode_attention(q[:, 0], whole, 0, visible=part) for part in (early, late)]
+    got, want = attention.merge(*parts), attention.decode_attention(q[:, 0], whole, 0)
+    np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-5)
+
+
+def test_residual_quantizer_attends_through_its_sketch():
+    keys = turboquant.prod(jax.random.key(0), dim=DIM, bits=3)
+    values = turboquant.mse(jax.random.key(1), dim=DIM, bits=4)
+    q, k, v = tokens(12)
+    out, lse, _ = attention.prefill_attention(q, k, v, empty(quantizers_=(keys, values)), 0)
+    for row in range(2):
+        assert_same((out[row], lse[row]), oracle(q[row], k[row], v[row], keys=keys, values=values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.zeros((2, 3, DIM))}, "multiple of kv_heads = 2, got 3"),
+        ({"q": jnp.zeros((1, HEADS, DIM))}, r"q must have shape \[2, 'heads', 16\], got \[1, 4, 16\]"),
+        ({"layer": 5}, "layer must be from -2 to 1, got 5"),
+        ({"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
+        ({"visible": jnp.ones((2, 3), bool)}, r"visible must have shape \[batch, capacity\] = \[2, 64\], got \[2, 3\]"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {"q": jnp.zeros((2, HEADS, DIM)), "layer": 0, **change}
+    with pytest.raises(ValueError, match=message):
+        attention.decode_attention(arguments.pop("q"), empty(), arguments.pop("layer"), **arguments)
