@@ -1,0 +1,286 @@
+"""One decoder for every supported family, as a Flax NNX module.
+
+Submodules carry the names of the tensors in Hugging Face folders, so that loading is a walk over the module.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxquant import attention
+from jaxquant import cache as caches
+from jaxquant.cache import KVCache
+from jaxquant.models.architecture import Architecture
+from jaxquant.models.rope import Rope, rotate
+from jaxquant.protocols import Quantizer
+
+
+class Norm(nnx.Module):
+    """Root-mean-square normalisation, in float32."""
+
+    def __init__(self, size: int, architecture: Architecture):
+        self.weight = nnx.Param(jnp.zeros(size) if architecture.norm_plus_one else jnp.ones(size))
+        self.epsilon = architecture.norm_epsilon
+        self.plus_one = architecture.norm_plus_one
+
+    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        """Divide by the root mean square of the last axis and multiply by the weight."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        if self.plus_one:
+            return (wide * (1.0 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+        return wide.astype(x.dtype) * self.weight[...].astype(x.dtype)
+
+
+def causal_attention(
+    q: Float[Array, "batch tokens heads dim"],
+    k: Float[Array, "batch tokens kv_heads dim"],
+    v: Float[Array, "batch tokens kv_heads dim"],
+    *,
+    mask: Bool[Array, "batch tokens"] | None,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Float[Array, "batch tokens heads dim"]:
+    """Attend without a cache, softmax in float32: what training and the uncompressed reference use.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        mask: False marks padding, which no token sees.
+        scale: multiplies the scores.
+        window: how many tokens, itself included, a token sees; None sees all before it.
+        soft_cap: bound of the scores; None leaves them.
+
+    >>> x = jnp.ones((1, 3, 2, 4))
+    >>> causal_attention(x, x, x, mask=None, scale=0.5, window=None, soft_cap=None).shape
+    (1, 3, 2, 4)
+    """
+    batch, tokens, heads, dim = q.shape
+    grouped = q.reshape(batch, tokens, k.shape[2], heads // k.shape[2], dim)
+    scores = jnp.einsum("bqkgd,btkd->bkgqt", grouped, k, preferred_element_type=jnp.float32) * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    query, key = jnp.arange(tokens)[:, None], jnp.arange(tokens)[None, :]
+    visible = (key <= query)[None]
+    if mask is not None:
+        # The window counts real tokens alone, as it does over a cache, which stores no padding.
+        rank = jnp.cumsum(mask, axis=1)
+        distance = rank[:, :, None] - rank[:, None, :]
+        visible = visible & mask[:, None, :]
+    else:
+        distance = (query - key)[None]
+    if window is not None:
+        visible = visible & (distance < window)
+    # A finite floor keeps rows of padding, which see nothing, free of NaN.
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgqt,btkd->bqkgd", weights, v).reshape(q.shape)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention of one layer, over a cache or over its own input."""
+
+    def __init__(self, architecture: Architecture, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        a = architecture
+
+        def linear(inputs: int, outputs: int, bias: bool) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, rngs=rngs)
+
+        self.q_proj = linear(a.hidden, a.heads * a.dim, a.qkv_bias)
+        self.k_proj = linear(a.hidden, a.kv_heads * a.dim, a.qkv_bias)
+        self.v_proj = linear(a.hidden, a.kv_heads * a.dim, a.qkv_bias)
+        self.o_proj = linear(a.heads * a.dim, a.hidden, a.output_bias)
+        self.q_norm = Norm(a.dim, a) if a.qk_norm else None
+        self.k_norm = Norm(a.dim, a) if a.qk_norm else None
+        self.layer = layer
+        self.dim = a.dim
+        self.scale = a.scale
+        self.soft_cap = a.attention_soft_cap
+        self.rope: Rope = a.ropes[layer]
+        self.window = a.windows[layer]
+
+    def __call__(
+        self,
+        x: Float[Array, "batch new hidden"],
+        positions: Int[Array, "batch new"],
+        cache: KVCache | None,
+        mask: Bool[Array, "batch new"] | None,
+    ) -> tuple[Float[Array, "batch new hidden"], KVCache | None]:
+        """Append the keys and values of `x` to the cache, if there is one, and attend."""
+        batch, new, _ = x.shape
+        q, k, v = (
+            projection(x).reshape(batch, new, -1, self.dim) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
+        if cache is None:
+            out = causal_attention(q, k, v, mask=mask, scale=self.scale, window=self.window, soft_cap=self.soft_cap)
+        elif new == 1:
+            cache = caches.append(cache, self.layer, k, v, mask=mask)
+            out, _ = attention.decode_attention(
+                q[:, 0], cache, self.layer, scale=self.scale, sliding_window=self.window, soft_cap=self.soft_cap
+            )
+            out = out[:, None]
+        else:
+            out, _, cache = attention.prefill_attention(
+                q, k, v, cache, self.layer,
+                mask=mask, scale=self.scale, sliding_window=self.window, soft_cap=self.soft_cap,
+            )  # fmt: skip
+        return self.o_proj(out.reshape(batch, new, -1).astype(x.dtype)), cache
+
+
+class FeedForward(nnx.Module):
+    """Gated feed-forward block."""
+
+    def __init__(self, architecture: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        a = architecture
+
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, use_bias=a.mlp_bias, dtype=dtype, rngs=rngs)
+
+        self.gate_proj = linear(a.hidden, a.intermediate)
+        self.up_proj = linear(a.hidden, a.intermediate)
+        self.down_proj = linear(a.intermediate, a.hidden)
+        self.activation = a.activation
+
+    def __call__(self, x: Float[Array, "batch new hidden"]) -> Float[Array, "batch new hidden"]:
+        """Gate, widen and narrow."""
+        gate = self.gate_proj(x)
+        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    """Attention and feed-forward block around the residual stream."""
+
+    def __init__(self, architecture: Architecture, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        a = architecture
+        self.input_layernorm = Norm(a.hidden, a)
+        self.self_attn = Attention(a, layer, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = Norm(a.hidden, a)
+        self.mlp = FeedForward(a, dtype=dtype, rngs=rngs)
+        self.pre_feedforward_layernorm = Norm(a.hidden, a) if a.post_norms else None
+        self.post_feedforward_layernorm = Norm(a.hidden, a) if a.post_norms else None
+
+    def __call__(
+        self,
+        x: Float[Array, "batch new hidden"],
+        positions: Int[Array, "batch new"],
+        cache: KVCache | None,
+        mask: Bool[Array, "batch new"] | None,
+    ) -> tuple[Float[Array, "batch new hidden"], KVCache | None]:
+        """Add both blocks to the residual stream."""
+        attended, cache = self.self_attn(self.input_layernorm(x), positions, cache, mask)
+        if self.pre_feedforward_layernorm is not None and self.post_feedforward_layernorm is not None:
+            x = x + self.post_attention_layernorm(attended)
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), cache
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """A causal language model that reads and writes a `KVCache`.
+
+    Args:
+        architecture: shapes and features.
+        dtype: dtype of activations; weights are cast to it where they are used.
+        rngs: keys for the random initial weights.
+
+    >>> from jaxquant.models.architecture import from_config
+    >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1)
+    >>> decoder = Decoder(from_config({"model_type": "llama", **sizes}), rngs=nnx.Rngs(0))
+    >>> logits, _ = decoder(jnp.array([[1, 2, 3]]))
+    >>> logits.shape
+    (1, 3, 16)
+    """
+
+    def __init__(self, architecture: Architecture, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        a = architecture
+        self.architecture = a
+        self.embed_tokens = nnx.Embed(a.vocabulary, a.hidden, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Layer(a, i, dtype=dtype, rngs=rngs) for i in range(a.layers)])
+        self.norm = Norm(a.hidden, a)
+        self.lm_head = None if a.tied else nnx.Linear(a.hidden, a.vocabulary, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch new"],
+        cache: KVCache | None = None,
+        *,
+        mask: Bool[Array, "batch new"] | None = None,
+    ) -> tuple[Float[Array, "batch new vocabulary"], KVCache | None]:
+        """Return the logits of every position; see `hidden` for the arguments."""
+        hidden, cache = self.hidden(tokens, cache, mask=mask)
+        return self.logits(hidden), cache
+
+    def hidden(
+        self,
+        tokens: Int[Array, "batch new"],
+        cache: KVCache | None = None,
+        *,
+        mask: Bool[Array, "batch new"] | None = None,
+    ) -> tuple[Float[Array, "batch new hidden"], KVCache | None]:
+        """Run the layers and the last norm, without the projection to the vocabulary.
+
+        Args:
+            tokens: the next tokens of every row.
+            cache: what came before, to be extended; None attends over `tokens` alone.
+            mask: False marks padding, left or right: it takes no position, is not stored and is not seen.
+
+        Returns:
+            Hidden states, and the extended cache.
+        """
+        x = self.embed_tokens(tokens)
+        x = x * jnp.asarray(self.architecture.embedding_scale, x.dtype)
+        held = jnp.zeros((tokens.shape[0],), jnp.int32) if cache is None else cache.length[0]
+        if mask is None:
+            rank = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        else:
+            rank = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        positions = held[:, None] + rank
+        for layer in self.layers:
+            x, cache = layer(x, positions, cache, mask)
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "batch new hidden"]) -> Float[Array, "batch new vocabulary"]:
+        """Project hidden states to the vocabulary, in float32."""
+        if self.lm_head is None:
+            weight = self.embed_tokens.embedding[...].T
+        else:
+            weight = self.lm_head.kernel[...]
+        out = jnp.matmul(hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        cap = self.architecture.logit_soft_cap
+        return out if cap is None else cap * jnp.tanh(out / cap)
+
+    def init_cache(
+        self,
+        keys: Quantizer,
+        values: Quantizer,
+        *,
+        batch: int,
+        capacity: int,
+        sinks: int = 0,
+        window: int = 0,
+        dtype: DTypeLike = jnp.bfloat16,
+    ) -> KVCache:
+        """Make an empty cache with this decoder's layers and heads.
+
+        Args:
+            keys: quantizer of the keys.
+            values: quantizer of the values.
+            batch: rows.
+            capacity: tokens a row can hold.
+            sinks: first tokens kept exact.
+            window: most recent tokens kept exact.
+            dtype: dtype of the exact tokens.
+        """
+        a = self.architecture
+        return caches.init(
+            keys=keys, values=values, layers=a.layers, batch=batch, kv_heads=a.kv_heads, capacity=capacity,
+            sinks=sinks, window=window, dtype=dtype,
+        )  # fmt: skip
