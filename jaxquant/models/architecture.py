@@ -101,9 +101,9 @@ def _sizes(config: Mapping[str, Any], *, dim: int | None, epsilon: float, positi
         raise ValueError(
             f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
         )
-    dim = config.get("head_dim") or dim or config["hidden_size"] // heads
-    if dim % 2:
-        raise ValueError(f"config.json: head_dim={dim} is odd; rotary embeddings need an even one")
+    head_dim: int = config.get("head_dim") or dim or config["hidden_size"] // heads
+    if head_dim % 2:
+        raise ValueError(f"config.json: head_dim={head_dim} is odd; rotary embeddings need an even one")
     name = config.get("hidden_activation") or config.get("hidden_act", "silu")
     if name not in _ACTIVATIONS:
         raise ValueError(f"config.json: activation {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
@@ -114,30 +114,31 @@ def _sizes(config: Mapping[str, Any], *, dim: int | None, epsilon: float, positi
         "intermediate": config["intermediate_size"],
         "heads": heads,
         "kv_heads": kv_heads,
-        "dim": dim,
+        "dim": head_dim,
         "norm_epsilon": config.get("rms_norm_eps", epsilon),
         "activation": _ACTIVATIONS[name],
-        "scale": dim**-0.5,
+        "scale": head_dim**-0.5,
         "tied": config.get("tie_word_embeddings", tied),
         "max_positions": config.get("max_position_embeddings", positions),
     }
 
 
-def _uniform(config: Mapping[str, Any], window: int | None, sizes: dict[str, Any], **features: bool) -> Architecture:
+def _uniform(config: Mapping[str, Any], window: int | None, fields: dict[str, Any]) -> Architecture:
     """Finish a family with one rotary embedding, whose layers see either everything or one window."""
     layers = config["num_hidden_layers"]
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = _rope(settings, config.get("rope_theta", 10_000.0), sizes["max_positions"])
+    rope = _rope(settings, config.get("rope_theta", 10_000.0), fields["max_positions"])
     first_windowed = config.get("max_window_layers", 0)
     kinds = config.get("layer_types") or ["sliding_attention" if i >= first_windowed else "" for i in range(layers)]
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return Architecture(**sizes, ropes=(rope,) * layers, windows=windows, **features)
+    return Architecture(**fields, ropes=(rope,) * layers, windows=windows)
 
 
 def _llama(config: Mapping[str, Any]) -> Architecture:
     sizes = _sizes(config, dim=None, epsilon=1e-6, positions=2048, tied=False)
     bias = config.get("attention_bias", False)
-    return _uniform(config, None, sizes, qkv_bias=bias, output_bias=bias, mlp_bias=config.get("mlp_bias", False))
+    biases = {"qkv_bias": bias, "output_bias": bias, "mlp_bias": config.get("mlp_bias", False)}
+    return _uniform(config, None, sizes | biases)
 
 
 def _mistral(config: Mapping[str, Any]) -> Architecture:
@@ -151,14 +152,14 @@ def _qwen_window(config: Mapping[str, Any]) -> int | None:
 
 def _qwen2(config: Mapping[str, Any]) -> Architecture:
     sizes = _sizes(config, dim=None, epsilon=1e-6, positions=32_768, tied=False)
-    return _uniform({"max_window_layers": 28, **config}, _qwen_window(config), sizes, qkv_bias=True)
+    return _uniform({"max_window_layers": 28, **config}, _qwen_window(config), sizes | {"qkv_bias": True})
 
 
 def _qwen3(config: Mapping[str, Any]) -> Architecture:
     sizes = _sizes(config, dim=128, epsilon=1e-6, positions=32_768, tied=False)
     bias = config.get("attention_bias", False)
-    config = {"max_window_layers": 28, **config}
-    return _uniform(config, _qwen_window(config), sizes, qkv_bias=bias, output_bias=bias, qk_norm=True)
+    features = {"qkv_bias": bias, "output_bias": bias, "qk_norm": True}
+    return _uniform({"max_window_layers": 28, **config}, _qwen_window(config), sizes | features)
 
 
 def _gemma3(config: Mapping[str, Any]) -> Architecture:
@@ -215,22 +216,21 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
     """Read an architecture from the contents of a `config.json`.
 
     Args:
-        config: the parsed file, in the present (`rope_parameters`) or the older (`rope_theta`, `rope_scaling`) spelling.
+        config: the parsed file, in its present (`rope_parameters`) or older (`rope_theta`) spelling.
 
     Returns:
         The architecture of the text decoder.
 
     Raises:
-        ValueError: the model type, rotary scaling or activation is not supported, or a field is missing or contradictory.
+        ValueError: the model type, rotary scaling or activation is not supported, or a field is missing.
 
     >>> from_config({"model_type": "gpt2"})
     Traceback (most recent call last):
-    ValueError: config.json: model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3, gemma3_text, gemma3
+    ValueError: config.json: model_type 'gpt2' is not one of llama, mistral, qwen2, qwen3, gemma3_text, gemma3
     """
-    family = config.get("model_type")
+    family = config.get("model_type", "")
     if family not in FAMILIES:
-        supported = ", ".join(FAMILIES)
-        raise ValueError(f"config.json: model_type {family!r} is not supported; supported: {supported}")
+        raise ValueError(f"config.json: model_type {family!r} is not one of {', '.join(FAMILIES)}")
     try:
         return FAMILIES[family](config)
     except KeyError as missing:

@@ -3,6 +3,8 @@
 Submodules carry the names of the tensors in Hugging Face folders, so that loading is a walk over the module.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -266,6 +268,7 @@ class Decoder(nnx.Module):
         capacity: int,
         sinks: int = 0,
         window: int = 0,
+        exact_layers: Sequence[int] = (),
         dtype: DTypeLike = jnp.bfloat16,
     ) -> KVCache:
         """Make an empty cache with this decoder's layers and heads.
@@ -277,10 +280,11 @@ class Decoder(nnx.Module):
             capacity: tokens a row can hold.
             sinks: first tokens kept exact.
             window: most recent tokens kept exact.
-            dtype: dtype of the exact tokens.
+            exact_layers: layers that are not compressed.
+            dtype: dtype of what is kept exact.
         """
         a = self.architecture
         return caches.init(
             keys=keys, values=values, layers=a.layers, batch=batch, kv_heads=a.kv_heads, capacity=capacity,
-            sinks=sinks, window=window, dtype=dtype,
+            sinks=sinks, window=window, exact_layers=exact_layers, dtype=dtype,
         )  # fmt: skip

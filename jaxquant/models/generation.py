@@ -172,11 +172,12 @@ def generate(
     tokens: list[list[int]] = [[] for _ in range(rows)]
     running = np.ones(rows, dtype=bool)
     decoded = 0
+    token = np.asarray(choose(logits, 0))
     for step in range(max_tokens):
         if step:
             logits, cache = _decode(graph, state, cache, token, running)
+            token = np.asarray(choose(logits, step))
             decoded += int(running.sum())
-        token = np.asarray(choose(logits, step))
         for row in np.flatnonzero(running).tolist():
             if int(token[row]) in end_ids:
                 running[row] = False
@@ -244,5 +245,5 @@ def _check(
     longest = int((held + mask.sum(axis=1)).max())
     if longest + max_tokens - 1 > cache.capacity:
         raise ValueError(
-            f"{longest} tokens held and prompted, with max_tokens={max_tokens}, exceed the cache's capacity={cache.capacity}"
+            f"{longest} tokens held and prompted, with max_tokens={max_tokens}, exceed capacity={cache.capacity} of the cache"
         )

@@ -67,18 +67,17 @@ def load(path: Path | str | None = None, dtype: DTypeLike | None = None) -> Mode
     folder = SMALL if path is None else Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give a local folder in the Hugging Face layout")
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    compute = (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16) if dtype is None else dtype
     architecture = architectures.read(folder)
     tokenizer = Tokenizer.read(folder)
     if tokenizer.size > architecture.vocabulary:
         raise ValueError(
-            f"{folder}: tokenizer.json knows {tokenizer.size} tokens, config.json has vocab_size={architecture.vocabulary}"
+            f"{folder}: tokenizer.json knows {tokenizer.size} tokens, config.json only {architecture.vocabulary}"
         )
     return Model(
         folder=folder,
         architecture=architecture,
-        decoder=load_decoder(folder, architecture, dtype=dtype),
+        decoder=load_decoder(folder, architecture, dtype=compute),
         tokenizer=tokenizer,
         end_ids=_end_ids(folder),
     )
@@ -170,7 +169,7 @@ def _files(folder: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, Any
             file = stack.enter_context(safe_open(path, framework="numpy"))
         except SafetensorError as error:
             raise ValueError(f"{path}: damaged safetensors file: {error}") from None
-        for name in file.keys():  # noqa: SIM118 (not a dict)
+        for name in file.keys():
             yield name, file
 
 
