@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxquant.cache import KVCache
-from jaxquant.models import Decoder
+from jaxquant.models.decoder import Decoder
 
 Progress = Callable[[int, int], object]
 

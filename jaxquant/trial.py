@@ -189,7 +189,7 @@ class Trial:
         found = self._retrieve(hidden, "bfloat16", 256, 8, progress)
         return _report(self.setting, scored, found, generated)
 
-    def evaluate(
+    def measure(
         self,
         tokens: str | None,
         *,
