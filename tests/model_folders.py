@@ -73,7 +73,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_theta": 5000.0,
         "rope_local_base_freq": 50.0,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        "attn_logit_softcapping": 3.0,
         "final_logit_softcapping": 4.0,
         "tie_word_embeddings": True,
     },

@@ -34,7 +34,6 @@ class Architecture:
         qk_norm: queries and keys are normalised per head before rotation.
         norm_plus_one: norms multiply by 1 + weight, in float32, instead of by weight.
         post_norms: attention and feed-forward outputs are normalised before they join the residual stream.
-        attention_soft_cap: bound of the attention scores; None leaves them.
         logit_soft_cap: bound of the logits; None leaves them.
         max_positions: longest context, in tokens, that the folder promises.
     """
@@ -59,7 +58,6 @@ class Architecture:
     qk_norm: bool = False
     norm_plus_one: bool = False
     post_norms: bool = False
-    attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     max_positions: int
 
@@ -191,7 +189,6 @@ def _gemma3(config: Mapping[str, Any]) -> Architecture:
         qk_norm=True,
         norm_plus_one=True,
         post_norms=True,
-        attention_soft_cap=config.get("attn_logit_softcapping"),
         logit_soft_cap=config.get("final_logit_softcapping"),
     )
 

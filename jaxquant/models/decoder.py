@@ -44,7 +44,6 @@ def causal_attention(
     mask: Bool[Array, "batch tokens"] | None,
     scale: float,
     window: int | None,
-    soft_cap: float | None,
 ) -> Float[Array, "batch tokens heads dim"]:
     """Attend without a cache, softmax in float32: what training and the uncompressed reference use.
 
@@ -55,17 +54,14 @@ def causal_attention(
         mask: False marks padding, which no token sees.
         scale: multiplies the scores.
         window: how many tokens, itself included, a token sees; None sees all before it.
-        soft_cap: bound of the scores; None leaves them.
 
     >>> x = jnp.ones((1, 3, 2, 4))
-    >>> causal_attention(x, x, x, mask=None, scale=0.5, window=None, soft_cap=None).shape
+    >>> causal_attention(x, x, x, mask=None, scale=0.5, window=None).shape
     (1, 3, 2, 4)
     """
     batch, tokens, heads, dim = q.shape
     grouped = q.reshape(batch, tokens, k.shape[2], heads // k.shape[2], dim)
     scores = jnp.einsum("bqkgd,btkd->bkgqt", grouped, k, preferred_element_type=jnp.float32) * scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
     query, key = jnp.arange(tokens)[:, None], jnp.arange(tokens)[None, :]
     visible = (key <= query)[None]
     if mask is not None:
@@ -101,7 +97,6 @@ class Attention(nnx.Module):
         self.layer = layer
         self.dim = a.dim
         self.scale = a.scale
-        self.soft_cap = a.attention_soft_cap
         self.rope: Rope = a.ropes[layer]
         self.window = a.windows[layer]
 
@@ -121,17 +116,17 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
         if cache is None:
-            out = causal_attention(q, k, v, mask=mask, scale=self.scale, window=self.window, soft_cap=self.soft_cap)
+            out = causal_attention(q, k, v, mask=mask, scale=self.scale, window=self.window)
         elif new == 1:
             cache = caches.append(cache, self.layer, k, v, mask=mask)
             out, _ = attention.decode_attention(
-                q[:, 0], cache, self.layer, scale=self.scale, sliding_window=self.window, soft_cap=self.soft_cap
+                q[:, 0], cache, self.layer, scale=self.scale, sliding_window=self.window
             )
             out = out[:, None]
         else:
             out, _, cache = attention.prefill_attention(
                 q, k, v, cache, self.layer,
-                mask=mask, scale=self.scale, sliding_window=self.window, soft_cap=self.soft_cap,
+                mask=mask, scale=self.scale, sliding_window=self.window,
             )  # fmt: skip
         return self.o_proj(out.reshape(batch, new, -1).astype(x.dtype)), cache
 

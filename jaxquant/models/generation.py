@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jaxquant.cache import KVCache
 from jaxquant.models.decoder import Decoder
@@ -85,7 +85,7 @@ def sample(
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _prefill(
     graph: nnx.GraphDef,
-    state: nnx.State,
+    state: PyTree,
     cache: KVCache,
     tokens: Int[Array, "batch chunk"],
     mask: Bool[Array, "batch chunk"],
@@ -98,7 +98,7 @@ def _prefill(
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _decode(
-    graph: nnx.GraphDef, state: nnx.State, cache: KVCache, tokens: Int[Array, " batch"], mask: Bool[Array, " batch"]
+    graph: nnx.GraphDef, state: PyTree, cache: KVCache, tokens: Int[Array, " batch"], mask: Bool[Array, " batch"]
 ) -> tuple[Float[Array, "batch vocabulary"], KVCache]:
     decoder: Decoder = nnx.merge(graph, state)
     logits, extended = decoder(tokens[:, None], cache, mask=mask[:, None])
@@ -245,5 +245,5 @@ def _check(
     longest = int((held + mask.sum(axis=1)).max())
     if longest + max_tokens - 1 > cache.capacity:
         raise ValueError(
-            f"{longest} tokens held and prompted, with max_tokens={max_tokens}, exceed capacity={cache.capacity} of the cache"
+            f"{longest} tokens held and prompted, with max_tokens={max_tokens}, exceed the cache's {cache.capacity}"
         )
