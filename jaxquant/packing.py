@@ -26,6 +26,8 @@ def packed_size(length: int, *, bits: int) -> int:
         48
     """
     _fields(bits)
+    if length < 0:
+        raise ValueError(f"length must not be negative, got {length}")
     return -(-length * bits // 8)
 
 
