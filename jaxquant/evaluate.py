@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxquant.cache import KVCache
 from jaxquant.models.decoder import Decoder
@@ -150,7 +150,7 @@ def compare(
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="caches")
 def _step(
     graph: nnx.GraphDef,
-    state: nnx.State,
+    state: PyTree[Array],
     caches: tuple[KVCache, KVCache],
     tokens: Int[Array, "batch new"],
     following: Int[Array, "batch new"],

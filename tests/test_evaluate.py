@@ -1,4 +1,4 @@
-"""Evaluation on a tiny random decoder: scores against plain NumPy, and refusal to report where nothing was compressed."""
+"""Evaluation on a tiny random decoder: scores against NumPy, and refusal to report what was not compressed."""
 
 import jax
 import numpy as np
