@@ -1,8 +1,8 @@
 """What compression costs, measured through the cache that users get: perplexity, KL divergence, agreement, retrieval.
 
 `compare` feeds the same tokens to a decoder twice, once over each of two caches, in chunks and, for the last tokens of
-every row, one at a time. It refuses to report when the second cache did not compress: when it holds no fewer bytes, or
-when no logit moved.
+every row, one at a time. It refuses to report when the second cache did not compress: when it holds no fewer bytes, when all
+tokens fit into what it keeps exact, or when no logit moved by more than rounding.
 """
 
 import dataclasses
@@ -19,6 +19,8 @@ from jaxquant.cache import KVCache
 from jaxquant.models.decoder import Decoder
 
 Progress = Callable[[int, int], object]
+
+_ROUNDING = 1e-5  # of the largest logit; float32 sums in another order stay below, 8-bit codes far above
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +126,11 @@ def compare(
                 f"the compressed cache holds {_storage(caches[1])} bytes, the baseline {_storage(caches[0])}: "
                 "compression was not active"
             )
+        exact = min(stack.sinks + stack.window for stack in caches[1].stacks)
+        if exact >= fed:
+            raise RuntimeError(
+                f"sinks and window keep {exact} tokens exact and a row has {fed}: compression was not active"
+            )
         done = []
         for start, stop in zip(cuts, [*cuts[1:], fed], strict=True):
             caches, change, scores = _step(graph, state, caches, some[:, start:stop], some[:, start + 1 : stop + 1])
@@ -137,8 +144,8 @@ def compare(
                     f"a cache of capacity {cache.capacity} took {int(jnp.min(cache.length))} of {fed} tokens"
                 )
         parts.append([tuple(np.concatenate(piece, axis=1) for piece in zip(*done, strict=True))])
-    if moved == 0.0:
-        raise RuntimeError("no logit differs between the two caches: compression was not active")
+    if moved < _ROUNDING:
+        raise RuntimeError("the logits of the two caches differ by rounding alone: compression was not active")
     return Scores(
         **{
             field.name: np.concatenate([part[0][i] for part in parts])
@@ -167,7 +174,8 @@ def _step(
         best[1] == following,
         best[0] == best[1],
     )
-    return after, jnp.max(jnp.abs(logits[0] - logits[1])), scores  # pyright: ignore[reportReturnType]
+    change = jnp.max(jnp.abs(logits[0] - logits[1])) / jnp.max(jnp.abs(logits[0]))
+    return after, change, scores  # pyright: ignore[reportReturnType]
 
 
 def _pick(x: Float[Array, "batch new vocabulary"], index: Int[Array, "batch new"]) -> Float[Array, "batch new"]:

@@ -3,18 +3,20 @@
 Perplexity is an average over easy tokens; whether a cache can still find one token among thousands shows here.
 """
 
-import re
+import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 _ANSWER = "\nAnswer:"
+_TOKENS_OF_A_LINE = 16
 _WORDS = "amber birch cobalt delta ember falcon garnet harbor indigo jasper".split()
 _NOUNS = "anchor beacon canyon dagger engine forest glacier hammer island jungle".split()
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """The two verbs that are needed here."""
 
@@ -71,34 +73,29 @@ def hide(
     Raises:
         ValueError: the text is too short, or a row has no room for its keys.
     """
-    lines = text.splitlines(keepends=True)
-    out, line = [], 0
+    lines = iter(text.replace(_ANSWER.strip(), "answer").splitlines(keepends=True))
+    out = []
     for _ in range(count):
         names = generator.permutation([f"{word}-{noun}" for word in _WORDS for noun in _NOUNS])[:keys]
         values = generator.integers(10_000, 100_000, keys)
-        questions = "".join(
-            f"\nQuestion: what is the pass key for {name}?{_ANSWER} {value}\n"
-            for name, value in zip(names, values, strict=True)
-        )
-        facts = [
-            f"The pass key for {name} is {value}. Remember it.\n" for name, value in zip(names, values, strict=True)
-        ]
-        room = length - len(tokenizer.encode(questions, special=False))
-        room -= sum(len(tokenizer.encode(fact, special=False)) for fact in facts)
-        if room < length // 4:
+        pairs = list(zip(names, values, strict=True))
+        facts = [f"The pass key for {name} is {value}. Remember it.\n" for name, value in pairs]
+        questions = "".join(f"\nQuestion: what is the pass key for {name}?{_ANSWER} {value}\n" for name, value in pairs)
+        tail = tokenizer.encode(questions, special=False)
+        places = np.sort(generator.random(keys))[::-1] * 0.75
+        room = length - len(tail)
+        if sum(len(tokenizer.encode(fact, special=False)) for fact in facts) > room // 2:
             raise ValueError(f"length {length} leaves no room for text beside {keys} pass keys")
         body: list[str] = []
-        while room > 0:
-            if line == len(lines):
+        ids: list[int] = []
+        while len(ids) < room:
+            more = list(itertools.islice(lines, max(1, (room - len(ids)) // _TOKENS_OF_A_LINE)))
+            if not more:
                 raise ValueError(f"text is too short for {count} rows of {length} tokens")
-            body.append(re.sub(_ANSWER.strip(), "answer", lines[line]))
-            room -= len(tokenizer.encode(body[-1], special=False))
-            line += 1
-        for fact, place in zip(
-            facts, sorted(generator.integers(0, max(1, len(body) * 3 // 4), keys))[::-1], strict=True
-        ):
-            body.insert(int(place), fact)
-        ids = tokenizer.encode("".join(body), special=False)
-        tail = tokenizer.encode(questions, special=False)
-        out.append((ids[: length - len(tail)] + tail)[:length])
+            body += more
+            hidden = list(body)
+            for fact, place in zip(facts, places, strict=True):
+                hidden.insert(int(place * len(body)), fact)
+            ids = tokenizer.encode("".join(hidden), special=False)
+        out.append(ids[:room] + tail)
     return np.array(out, np.int64)

@@ -6,7 +6,7 @@ These are the reports behind `jaxquant run`, `compare` and `eval`, as plain dict
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -32,6 +32,7 @@ LINES = (
 """Labels, keys and formats of the numbers in a report, in reading order."""
 
 
+@runtime_checkable
 class Method(Protocol):
     """Builds the quantizers of keys and values."""
 

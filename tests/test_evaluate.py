@@ -1,6 +1,9 @@
 """Evaluation on a tiny random decoder: scores against NumPy, and refusal to report what was not compressed."""
 
+import itertools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -47,8 +50,9 @@ def log_softmax(x):
 
 def test_scores_equal_numpy_on_the_same_logits(decoder, tokens):
     scores = evaluate.compare(decoder, tokens, exact(decoder), packed(decoder), batch=2, chunk=8, stepwise=5)
-    plain = np.asarray(decoder(tokens[:, :-1])[0], np.float64)
-    over_cache, _ = decoder(tokens[:, :-1], packed(decoder)(3))
+    fed = jnp.asarray(tokens[:, :-1], jnp.int32)
+    plain = np.asarray(decoder(fed)[0], np.float64)
+    over_cache, _ = decoder(fed, packed(decoder)(3))
     first, second = log_softmax(plain), log_softmax(np.asarray(over_cache, np.float64))
     following = tokens[:, 1:, None]
     expected = {
@@ -90,16 +94,18 @@ def test_a_cache_that_does_not_compress_is_refused(decoder, tokens):
         evaluate.compare(decoder, tokens, exact(decoder, "bfloat16"), exact(decoder))
 
 
-def test_a_cache_that_changes_no_logit_is_refused(decoder, tokens):
+def test_a_cache_that_reads_no_code_is_refused(decoder, tokens, monkeypatch):
     k, v = turboquant.kv(jax.random.key(0), dim=DIM, bits_k=2, bits_v=2)
-    everything_in_window = lambda rows: decoder.init_cache(  # noqa: E731
-        k, v, batch=rows, capacity=4096, window=32, dtype="float32"
-    )
     wide = quantizers.Exact(dim=DIM, dtype="float32")
-    baseline = lambda rows: decoder.init_cache(wide, wide, batch=rows, capacity=4096, dtype="float32")  # noqa: E731
-    short = tokens[:, :17]
-    with pytest.raises(RuntimeError, match="no logit differs"):
-        evaluate.compare(decoder, short, baseline, everything_in_window, stepwise=4)
+    baseline = maker(decoder, wide, wide, dtype="float32")
+    windowed = maker(decoder, k, v, window=16, dtype="bfloat16")
+    with pytest.raises(RuntimeError, match="keep 16 tokens exact and a row has 16"):
+        evaluate.compare(decoder, tokens[:, :17], baseline, windowed)
+
+    claims = itertools.cycle((1.0, 2.0))  # the compressed one is asked first
+    monkeypatch.setattr(evaluate, "_storage", lambda cache: next(claims))
+    with pytest.raises(RuntimeError, match="differ by rounding alone"):
+        evaluate.compare(decoder, tokens, baseline, baseline)
 
 
 def test_a_cache_that_is_too_small_is_refused(decoder, tokens):

@@ -91,7 +91,9 @@ def test_a_padded_row_equals_the_row_without_padding(
         assert np.abs(np.asarray(wrong)[1, mask[1]][4:] - plain[1, 4:short]).max() > 10 * tolerance(plain)
 
 
-def test_a_forgotten_chunk_and_a_compressed_cache_are_noticed(decoder: Decoder, plain: np.ndarray, step: Callable) -> None:
+def test_a_forgotten_chunk_and_a_compressed_cache_are_noticed(
+    decoder: Decoder, plain: np.ndarray, step: Callable
+) -> None:
     forgotten, _ = step(exact(decoder), tokens()[:, 11:])
     assert np.abs(forgotten - plain[:, 11:]).max() > 10 * tolerance(plain)
     keys, values = turboquant.kv(jax.random.key(0), dim=decoder.architecture.dim, bits_k=4, bits_v=4)
