@@ -1,8 +1,8 @@
 """What compression costs, measured through the cache that users get: perplexity, KL divergence, agreement, retrieval.
 
 `compare` feeds the same tokens to a decoder twice, once over each of two caches, in chunks and, for the last tokens of
-every row, one at a time. It refuses to report when the second cache did not compress: when it holds no fewer bytes, when all
-tokens fit into what it keeps exact, or when no logit moved by more than rounding.
+every row, one at a time. It refuses to report when the second cache did not compress: when it holds no fewer bytes,
+when all tokens fit into what it keeps exact, or when no logit moved by more than rounding.
 """
 
 import dataclasses
