@@ -86,7 +86,7 @@ def compare(
         baseline: makes an empty cache for a number of rows, of capacity T or more.
         compressed: likewise, for the cache under test.
         batch: rows at a time.
-        chunk: tokens of a prefill step.
+        chunk: most tokens of a prefill step.
         stepwise: last tokens of each row that are fed one at a time, through decode attention.
         progress: called with the tokens done and all tokens.
 
@@ -115,6 +115,8 @@ def compare(
         raise ValueError(f"tokens must have at least 2 tokens a row, got {tokens.shape[1]}")
     graph, state = nnx.split(decoder)
     stepwise = min(stepwise, fed - 1)
+    chunks = -(-(fed - stepwise) // chunk)
+    chunk = -(-(fed - stepwise) // chunks)  # even chunks, so that one shape is compiled where they divide
     cuts = [*range(0, fed - stepwise, chunk), *range(fed - stepwise, fed)]
     parts: list[list[tuple[np.ndarray, ...]]] = []
     moved = 0.0

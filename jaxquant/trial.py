@@ -184,7 +184,7 @@ class Trial:
             words,
             self.model.tokenizer,
             count=rows,
-            length=seq_len,
+            length=seq_len + 1,
             keys=max(1, seq_len // 128),
         )
         found = self._retrieve(hidden, "bfloat16", 256, 8, progress)

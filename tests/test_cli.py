@@ -1,0 +1,131 @@
+"""The command as users run it: every verb, its JSON, its exit status and its errors."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from jaxquant import cli
+from jaxquant.models.loading import SMALL
+
+SHORT = ["--rows", "1", "--seq-len", "96"]
+
+
+@pytest.fixture
+def run():
+    def invoke(*arguments):
+        result = CliRunner().invoke(cli.app, list(arguments))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+def test_info_and_methods(run):
+    report = json.loads(run("info", "--json").stdout)
+    assert report["jaxquant"]
+    assert "llama" in report["model families"]
+    listed = json.loads(run("methods", "--json").stdout)
+    assert "2504.19874" in listed["turboquant"]["source"]
+    assert listed["turboquant"]["caches"]
+    assert "turboquant" in run("methods").stdout
+
+
+def test_benchmark_reports_error_between_the_bounds(run):
+    report = json.loads(run("benchmark", "--bits", "2", "--bits", "4", "--vectors", "2048", "--json").stdout)
+    assert [row["bits"] for row in report["results"]] == [2, 4]
+    for row in report["results"]:
+        assert row["shannon_bound"] < row["nmse"] < row["upper_bound"]
+        assert row["bytes_per_vector"] == 128 * row["bits"] / 8 + 2
+        assert row["quantize_per_second"] > 0
+    assert "Shannon" in run("benchmark", "--bits", "2", "--vectors", "64").stdout
+
+
+def test_run_continues_and_compare_reports_both(run):
+    prompt = "import numpy as np"
+    packed = json.loads(run("run", prompt, "--max-tokens", "8", "--json").stdout)
+    whole = json.loads(run("run", prompt, "--max-tokens", "8", "--exact", "--json").stdout)
+    assert packed["tokens"] == whole["tokens"] == 8
+    assert 0 < packed["bytes_per_token"] < whole["bytes_per_token"] == 2 * 2 * 64
+
+    report = json.loads(run("compare", prompt, "--max-tokens", "8", "--bits-v", "2", *SHORT, "--json").stdout)
+    baseline, compressed = report["baseline"], report["compressed"]
+    assert compressed["cache_bytes"] < baseline["cache_bytes"]
+    assert baseline["text"] == whole["text"]
+    assert compressed["kl"] > 0
+    assert 0 < compressed["top1"] < 1
+    assert baseline["perplexity"] != compressed["perplexity"]
+    assert {"needle_accuracy", "decode_tokens_per_second"} <= baseline.keys() & compressed.keys()
+    shown = run("compare", prompt, "--max-tokens", "8", "--bits-v", "2", *SHORT).stdout
+    assert "KL divergence" in shown
+    assert "K4/V2" in shown
+
+
+def test_eval_reads_tokens_of_every_kind_alike(run, tmp_path):
+    from jaxquant import models
+
+    text = (SMALL / "held_out.txt").read_text(encoding="utf-8")[:6000]
+    ids = np.array(models.load().tokenizer.encode(text, special=False))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    np.save(tmp_path / "ids.npy", ids.astype(np.uint16))
+    np.savez(tmp_path / "ids.npz", held=ids)
+    sources = [f"{tmp_path}/text.txt", f"{tmp_path}/ids.npy", f"{tmp_path}/ids.npz:held"]
+    reports = [
+        json.loads(run("eval", "--tokens", source, "--start", "3", *SHORT, "--json").stdout) for source in sources
+    ]
+    assert reports[0] == reports[1] == reports[2]
+    assert reports[0]["compressed"]["bytes_per_token"] == 2 * (64 * 4 / 8 + 2)
+    assert reports[0]["baseline"]["perplexity"] > 1
+    assert reports[0]["scored_tokens"] == 96
+
+
+def test_eval_asks_for_pass_keys(run, tmp_path):
+    from jaxquant import models, needles
+
+    text = (SMALL / "held_out.txt").read_text(encoding="utf-8")
+    rows = needles.hide(np.random.default_rng(0), text, models.load().tokenizer, count=1, length=97, keys=1)
+    np.savez(tmp_path / "needles.npz", rows=rows)
+    report = json.loads(run("eval", *SHORT, "--needles", f"{tmp_path}/needles.npz:rows", "--json").stdout)
+    assert 0 <= report["compressed"]["needle_accuracy"] <= 1
+    assert "needle_accuracy" in report["baseline"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", ""], "prompt is empty"),
+        (["run", "x", "--method", "nonsense"], "--method must be one of turboquant"),
+        (["run", "x", "--method", "os.path:nonsense"], "--method 'os.path:nonsense'"),
+        (["run", "x", "--bits-k", "9"], "bits must be an integer from 1 to 8, got 9"),
+        (["run", "x", "--model", "no/such/folder"], "no/such/folder: no such folder"),
+        (["run", "x", "--max-tokens", "100000"], "exceed the model's"),
+        (["benchmark", "--input", "nonsense"], "--input must be one of gaussian"),
+        (["benchmark", "--scale", "nonsense"], "scale"),
+        (["benchmark", "--rotation", "nonsense"], "rotation"),
+        (["eval", "--tokens", "no.npy"], "no.npy: no such file"),
+        (["eval", "--rows", "100000"], "rows of 1024 \\+ 1 need"),
+    ],
+)
+def test_errors_name_the_argument(run, arguments, message):
+    with pytest.raises((ValueError, TypeError, OSError), match=message):
+        run(*arguments)
+
+
+def test_exit_status_and_streams():
+    def call(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "jaxquant", *arguments], capture_output=True, text=True, check=False
+        )
+
+    failed = call("run", "")
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert failed.stderr.strip() == "jaxquant: prompt is empty: give at least one character to continue"
+    assert call("eval", "--rows", "many").returncode == 2
+    done = call("info", "--json")
+    assert done.returncode == 0
+    json.loads(done.stdout)
