@@ -56,11 +56,15 @@ class Stack:
 def allocate(
     quantizer: Quantizer, layers: int, batch: int, kv_heads: int, *, slots: int, sinks: int, window: int, dtype: str
 ) -> Store:
-    """Make an empty store."""
+    """Make an empty store.
+
+    It holds a copy of the quantizer's arrays: a step that donates the cache must not take the caller's with it, nor
+    donate one buffer twice where keys and values share a quantizer.
+    """
     code = jax.eval_shape(quantizer.quantize, jax.ShapeDtypeStruct((quantizer.dim,), jnp.float32))
     lead = (layers, batch, kv_heads)
     return Store(
-        quantizer=quantizer,
+        quantizer=jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, quantizer),
         codes=jax.tree.map(lambda leaf: jnp.zeros((*lead, slots, *leaf.shape), leaf.dtype), code),
         sinks=jnp.zeros((*lead, sinks, quantizer.dim), dtype),
         window=jnp.zeros((*lead, window, quantizer.dim), dtype),

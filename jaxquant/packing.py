@@ -26,6 +26,8 @@ def packed_size(length: int, *, bits: int) -> int:
         48
     """
     _fields(bits)
+    if length < 0:
+        raise ValueError(f"length must not be negative, got {length}")
     return -(-length * bits // 8)
 
 
@@ -116,11 +118,12 @@ def _pack_stream(codes: UInt8[Array, "*batch few"], bits: int) -> UInt8[Array, "
     stream = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
     stream = stream.reshape(*codes.shape[:-1], codes.shape[-1] * bits)
     stream = jnp.pad(stream, [(0, 0)] * (codes.ndim - 1) + [(0, -stream.shape[-1] % 8)])
-    octets = stream.reshape(*codes.shape[:-1], -1, 8) << np.arange(8, dtype=np.uint8)
+    octets = stream.reshape(*codes.shape[:-1], stream.shape[-1] // 8, 8) << np.arange(8, dtype=np.uint8)
     return octets.sum(axis=-1, dtype=jnp.uint8)
 
 
 def _unpack_stream(packed: UInt8[Array, "*batch n_bytes"], bits: int, length: int) -> UInt8[Array, "*batch few"]:
     stream = (packed[..., None] >> np.arange(8, dtype=np.uint8)) & np.uint8(1)
-    stream = stream.reshape(*packed.shape[:-1], -1)[..., : length * bits].reshape(*packed.shape[:-1], length, bits)
+    stream = stream.reshape(*packed.shape[:-1], packed.shape[-1] * 8)[..., : length * bits]
+    stream = stream.reshape(*packed.shape[:-1], length, bits)
     return (stream << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=jnp.uint8)

@@ -80,9 +80,9 @@ class Scalar:
     `least_squares`   |x| <y, c> / |c|^2       the least squared error
     ================  =======================  ==========================================================
 
-    Norms are computed in float32 (without overflow for any float32 input) and stored in `scale_dtype`, clamped to its
-    finite range. A zero vector decodes to zero. NaN counts as 0 and infinities as the largest finite value, so that one
-    bad element cannot reach the other tokens.
+    Norms are computed in float32, without overflow or underflow on the way, limited to 2**126, and stored in
+    `scale_dtype`, clamped to its finite range. A zero vector decodes to zero. NaN counts as 0 and infinities as the
+    largest finite value, so that one bad element cannot reach the other tokens.
     """
 
     rotation: Rotation
@@ -107,12 +107,8 @@ class Scalar:
         self, x: Float[Array, "*batch dim"], /
     ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch dim"]]:
         """Split vectors into norms and rotated coordinates of unit variance."""
-        x = jnp.nan_to_num(x.astype(jnp.float32))
-        peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        x = x / jnp.maximum(peak, jnp.finfo(jnp.float32).tiny)
-        length = jnp.linalg.norm(x, axis=-1, keepdims=True)
-        y = self.rotation.rotate(x * (self.dim**0.5 / jnp.maximum(length, 1.0)))
-        return (peak * length)[..., 0], y
+        norm, direction = _polar(jnp.nan_to_num(x.astype(jnp.float32)))
+        return norm, self.rotation.rotate(direction * self.dim**0.5)
 
     def levels(self, code: Quantized, /) -> Float[Array, "*batch dim"]:
         """Look up the unscaled levels c."""
@@ -141,7 +137,7 @@ class Scalar:
             case "preserve":
                 return (self.dim / energy) ** 0.5
             case "unbiased":
-                return self.dim / jnp.maximum(along, jnp.finfo(jnp.float32).tiny)
+                return self.dim / jnp.maximum(along, jnp.finfo(jnp.float32).eps)  # 0 for a zero vector only
             case "least_squares":
                 return along / energy
             case _:
@@ -176,7 +172,7 @@ class Residual:
             codes=code.codes,
             scales=code.scales,
             signs=sketch.signs(self.sketch, missed),
-            residuals=_finite(jnp.linalg.norm(missed, axis=-1), self.scalar.scale_dtype),
+            residuals=_finite(_polar(missed)[0], self.scalar.scale_dtype),
         )
 
     def expand(self, code: Quantized, /) -> Float[Array, "*batch width"]:
@@ -234,6 +230,18 @@ def dequantize(quantizer: Quantizer, code: PyTree[Any]) -> Float[Array, "*batch 
         True
     """
     return quantizer.restore(quantizer.expand(code))
+
+
+def _polar(x: Float[Array, "*batch dim"]) -> tuple[Float[Array, "*batch"], Float[Array, "*batch dim"]]:
+    """Split finite vectors into norms, at most 2**126, and unit vectors (zero for zero)."""
+    peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    large = peak > 2.0**64  # the reciprocal of a peak beyond 2**126 is subnormal, which processors flush to zero
+    x, peak = (jnp.where(large, part * 2.0**-64, part) for part in (x, peak))
+    x = x / jnp.maximum(peak, jnp.finfo(jnp.float32).tiny)
+    length = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    norm = peak * length
+    norm = jnp.where(large, jnp.minimum(norm, 2.0**62) * 2.0**64, norm)
+    return norm[..., 0], x / jnp.maximum(length, 1.0)
 
 
 def _finite(x: Float[Array, "*batch"], dtype: ScaleDtype) -> Float[Array, "*batch"]:

@@ -141,11 +141,13 @@ def haar(key: PRNGKeyArray, dim: int) -> Dense:
     return Dense(matrix=q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0))
 
 
-def hadamard(key: PRNGKeyArray, dim: int, *, rounds: int = 2) -> Hadamard:
+def hadamard(key: PRNGKeyArray, dim: int, *, rounds: int = 1) -> Hadamard:
     """Draw the signs of a randomized Hadamard transform.
 
-    One round leaves a one-hot vector two-valued (every coordinate +-1/sqrt(dim)), which no Gaussian codebook fits; the
-    second mixes it. The cost of the default is measured in the documentation's table of rotations.
+    One round makes coordinates of structured vectors bounded, which a codebook likes, but of one magnitude where the
+    vector is one-hot: with a scale that corrects the length this is the best case, without one the worst. More rounds
+    bring every vector closer to a normal distribution; two still leave a one-hot vector a single random diagonal. The
+    documentation's table of rotations has the numbers behind the defaults of `methods.turboquant`.
 
     Raises:
         ValueError: `dim` is odd or not positive, or `rounds` is not positive.

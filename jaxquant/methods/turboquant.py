@@ -26,6 +26,7 @@ def mse(
     dim: int,
     bits: int,
     rotation: Literal["hadamard", "haar", "rotor", "identity"] = "hadamard",
+    rounds: int | None = None,
     scale: quantizers.ScaleRule = "norm",
     scale_dtype: quantizers.ScaleDtype = "float16",
 ) -> quantizers.Scalar:
@@ -36,6 +37,8 @@ def mse(
         dim: of the vectors.
         bits: a coordinate, 1 to 8.
         rotation: "rotor" and "identity" are ablations.
+        rounds: of a Hadamard rotation. None takes 3 where the scale is the norm and 1 where it corrects the length,
+            the best of the documentation's table of rotations.
         scale: what the stored scale keeps right; see `quantizers.Scalar`.
         scale_dtype: of the stored scale.
 
@@ -51,7 +54,7 @@ def mse(
         raise ValueError(f"scale must be one of {', '.join(rules)}, got {scale!r}")
     match rotation:
         case "hadamard":
-            turn = rotations.hadamard(key, dim)
+            turn = rotations.hadamard(key, dim, rounds=rounds or (3 if scale == "norm" else 1))
         case "haar":
             turn = rotations.haar(key, dim)
         case "rotor":
@@ -90,9 +93,10 @@ def prod(
 
 
 def kv(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int) -> tuple[quantizers.Scalar, quantizers.Scalar]:
-    """Build the pair of quantizers that caches use: length-preserving keys and values.
+    """Build the pair of quantizers for a cache: keys that keep their length, values without bias.
 
-    Keys decide the softmax's temperature, so their length is kept; the rule for values was chosen by perplexity.
+    A key's length sets the temperature of the softmax, and its error is squared noise there; errors of values average
+    out over tokens, a bias does not. Perplexity agrees (docs/evaluation.md).
 
     Example:
         >>> keys, values = kv(jax.random.key(0), dim=128, bits_k=4, bits_v=2)
@@ -102,7 +106,7 @@ def kv(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int) -> tuple[quanti
     first, second = jax.random.split(key)
     return (
         mse(first, dim=dim, bits=bits_k, scale="preserve"),
-        mse(second, dim=dim, bits=bits_v, scale="preserve"),
+        mse(second, dim=dim, bits=bits_v, scale="unbiased"),
     )
 
 

@@ -1,0 +1,318 @@
+"""The `jaxquant` command: the only place where strings become objects."""
+
+import importlib
+import importlib.metadata
+import inspect
+import json
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+import jaxquant
+
+app = typer.Typer(
+    name="jaxquant",
+    help="KV-cache compression for JAX: packed low-bit caches, evaluation, lossless tensor files.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out, err = Console(), Console(stderr=True)
+
+ModelDir = Annotated[
+    Path | None, typer.Option("--model", help="Hugging Face folder; default: the small model in the package.")
+]
+Method = Annotated[str, typer.Option(help="A name that `jaxquant methods` lists, or package.module:function.")]
+BitsK = Annotated[int, typer.Option("--bits-k", help="Bits per coordinate of keys.")]
+BitsV = Annotated[int, typer.Option("--bits-v", help="Bits per coordinate of values.")]
+Sinks = Annotated[int, typer.Option(min=0, help="First tokens of a row that stay exact.")]
+Window = Annotated[int, typer.Option(min=0, help="Newest tokens of a row that stay exact.")]
+Seed = Annotated[int, typer.Option(help="Of the rotations (and of sampling).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def main() -> None:
+    """Run the command; an error of the user's input is one line on stderr and exit status 1."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
+        err.print(f"jaxquant: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Show versions, devices, and what this installation can do."""
+    import jax
+
+    from jaxquant.models.architecture import FAMILIES
+
+    report = {
+        "jaxquant": jaxquant.__version__,
+        "python": sys.version.split()[0],
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        "backend": jax.default_backend(),
+        "devices": [str(device) for device in jax.devices()],
+        "model families": list(FAMILIES),
+        "methods": list(_methods()),
+    }
+    _show(report, as_json, title="jaxquant")
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods, one file each, with their sources."""
+    report = {}
+    for name, module in _methods().items():
+        text = inspect.getdoc(module) or ""
+        source = text.partition("References:")[2].strip().partition("\n\n")[0]
+        report[name] = {
+            "summary": text.partition("\n")[0],
+            "source": " ".join(source.split()),
+            "caches": hasattr(module, "kv"),
+        }
+    if as_json:
+        return _print_json(report)
+    table = Table("method", "what it does", "source", show_lines=True)
+    for name, entry in report.items():
+        table.add_row(name, entry["summary"], entry["source"])
+    out.print(table)
+
+
+@app.command()
+def benchmark(
+    method: Method = "turboquant",
+    bits: Annotated[list[int] | None, typer.Option(help="Repeat for several; default 2 3 4 6 8.")] = None,
+    dim: Annotated[int, typer.Option(help="Length of the vectors.")] = 128,
+    vectors: Annotated[int, typer.Option(min=1, help="How many.")] = 16_384,
+    inputs: Annotated[
+        str, typer.Option("--input", help="Their statistics; a wrong name lists what there is.")
+    ] = "gaussian",
+    scale: Annotated[str, typer.Option(help="norm, preserve, unbiased or least_squares.")] = "norm",
+    rotation: Annotated[str, typer.Option(help="hadamard, haar, rotor or identity.")] = "hadamard",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure error, size and speed of a quantizer on synthetic vectors, beside the theoretical bounds."""
+    import jax
+
+    from jaxquant import benchmark as measure
+
+    if inputs not in measure.INPUTS:
+        raise ValueError(f"--input must be one of {', '.join(measure.INPUTS)}, got {inputs!r}")
+    build = _function(method, "mse")
+    rotate, draw = jax.random.split(jax.random.key(seed))
+    x = measure.INPUTS[inputs](draw, vectors, dim)
+    rows = []
+    with _bar() as bar:
+        for width in bar.track(bits or [2, 3, 4, 6, 8], description="measuring"):
+            quantizer = build(rotate, dim=dim, bits=width, scale=scale, rotation=rotation)
+            quality, speed = measure.quality(quantizer, x), measure.speed(quantizer, x)
+            upper, lower = measure.bounds(width)
+            rows.append({
+                "bits": width, "nmse": quality.nmse, "upper_bound": upper, "shannon_bound": lower,
+                "snr_db": quality.snr, "cosine": quality.cosine, "worst_cosine": quality.worst_cosine,
+                "gain": quality.gain, "bytes_per_vector": quality.bytes_per_vector,
+                "ratio_to_16_bit": 2 * dim / quality.bytes_per_vector,
+                "quantize_per_second": speed.quantize, "dequantize_per_second": speed.dequantize,
+                "quantize_per_matmul": speed.quantize_ratio, "dequantize_per_matmul": speed.dequantize_ratio,
+            })  # fmt: skip
+    if as_json:
+        return _print_json({"method": method, "dim": dim, "vectors": vectors, "input": inputs, "scale": scale,
+                            "rotation": rotation, "seed": seed, "results": rows})  # fmt: skip
+    table = Table(title=f"{method}, {inputs} vectors of {dim}, rotation {rotation}, scale {scale}")
+    for header in ("bits", "NMSE", "bound", "Shannon", "SNR dB", "bytes", "quantize/s", "decode/s"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row["bits"]), f"{row['nmse']:.3g}", f"{row['upper_bound']:.2g}", f"{row['shannon_bound']:.2g}",
+            f"{row['snr_db']:.1f}", f"{row['bytes_per_vector']:.0f}",
+            f"{row['quantize_per_second']:.2g}", f"{row['dequantize_per_second']:.2g}",
+        )  # fmt: skip
+    out.print(table)
+
+
+@app.command()
+def run(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    model: ModelDir = None,
+    method: Method = "turboquant",
+    bits_k: BitsK = 4,
+    bits_v: BitsV = 4,
+    sinks: Sinks = 4,
+    window: Window = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this probability.")] = 1.0,
+    exact: Annotated[bool, typer.Option("--exact", help="Do not compress.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt from a packed cache."""
+    from jaxquant import trial
+
+    chosen = trial.Trial.load(
+        model, _function(method, "kv"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
+    )
+    write = None if as_json else lambda text: out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+    if write is not None:
+        write(prompt)
+    result = chosen.generate(
+        prompt,
+        compressed=not exact,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        write=write,
+    )
+    if as_json:
+        return _print_json({"prompt": prompt, **result})
+    out.print()
+    _show({name: value for name, value in result.items() if name != "text"}, False, title="cache")
+
+
+@app.command()
+def compare(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    model: ModelDir = None,
+    method: Method = "turboquant",
+    bits_k: BitsK = 4,
+    bits_v: BitsV = 4,
+    sinks: Sinks = 4,
+    window: Window = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to score; default: held-out Python source in the package.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of it to score.")] = 4,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with and without compression, and measure what it saved and what it cost."""
+    from jaxquant import trial
+
+    chosen = trial.Trial.load(
+        model, _function(method, "kv"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
+    )
+    with _bar() as bar:
+        report = chosen.compare(
+            prompt, max_tokens=max_tokens, text=text, rows=rows, seq_len=seq_len, progress=_advance(bar)
+        )
+    if as_json:
+        return _print_json(report)
+    for name in ("baseline", "compressed"):
+        out.rule(name)
+        out.print(prompt, report[name]["text"], sep="", markup=False, highlight=False, soft_wrap=True)
+    out.rule()
+    table = Table("", "baseline (16 bit)", f"compressed (K{bits_k}/V{bits_v})")
+    for label, key, form in trial.LINES:
+        cells = [format(report[name][key], form) if key in report[name] else "" for name in ("baseline", "compressed")]
+        table.add_row(label, *cells)
+    out.print(table)
+    out.print(report["setting"], highlight=False, soft_wrap=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelDir = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="FILE[:NAME]: .npy, member of .npz, or a text file; default: held-out text.")
+    ] = None,
+    start: Annotated[int, typer.Option(min=0, help="First token.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Rows; row i is tokens[start + i (T+1):][:T+1].")] = 6,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="T, tokens that a row predicts.")] = 1024,
+    method: Method = "turboquant",
+    bits_k: BitsK = 4,
+    bits_v: BitsV = 4,
+    sinks: Sinks = 0,
+    window: Window = 0,
+    needles: Annotated[str | None, typer.Option(help="FILE:NAME of rows [n, T] with questions for pass keys.")] = None,
+    needle_rows: Annotated[int, typer.Option(min=1, help="Rows of them.")] = 4,
+    chunk: Annotated[int, typer.Option(min=2, help="Tokens of a prefill step.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, KL divergence, agreement and pass-key retrieval through the packed cache."""
+    from jaxquant import trial
+
+    chosen = trial.Trial.load(
+        model, _function(method, "kv"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
+    )
+    with _bar() as bar:
+        report = chosen.measure(
+            tokens, start=start, rows=rows, seq_len=seq_len, needle_file=needles, needle_rows=needle_rows,
+            chunk=chunk, batch=batch, progress=_advance(bar),
+        )  # fmt: skip
+    if as_json:
+        return _print_json(report)
+    table = Table("", "baseline", f"K{bits_k}/V{bits_v}")
+    for label, key, form in trial.LINES:
+        if any(key in report[name] for name in ("baseline", "compressed")):
+            cells = [
+                format(report[name][key], form) if key in report[name] else "" for name in ("baseline", "compressed")
+            ]
+            table.add_row(label, *cells)
+    out.print(table)
+    out.print(report["setting"], highlight=False, soft_wrap=True)
+
+
+def _methods() -> dict[str, Any]:
+    import jaxquant.methods
+
+    names = [module.name for module in pkgutil.iter_modules(jaxquant.methods.__path__)]
+    return {name: importlib.import_module(f"jaxquant.methods.{name}") for name in names}
+
+
+def _function(method: str, default: str) -> Callable[..., Any]:
+    """Turn the name of a method, or `package.module:function`, into what it names."""
+    module, _, name = method.partition(":")
+    if not name:
+        available = [entry for entry, found in _methods().items() if hasattr(found, default)]
+        if module not in available:
+            raise ValueError(
+                f"--method must be one of {', '.join(available)}, or package.module:function, got {method!r}"
+            )
+        return getattr(_methods()[module], default)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--method {method!r}: {error}") from None
+
+
+def _bar() -> Bar:
+    return Bar(console=err, transient=True, disable=not err.is_terminal)
+
+
+def _advance(bar: Bar) -> Callable[[str, int, int], None]:
+    tasks: dict[str, Any] = {}
+
+    def advance(description: str, done: int, total: int) -> None:
+        if description not in tasks:
+            tasks[description] = bar.add_task(description, total=total)
+        bar.update(tasks[description], completed=done)
+
+    return advance
+
+
+def _show(report: dict[str, Any], as_json: bool, *, title: str) -> None:
+    if as_json:
+        return _print_json(report)
+    table = Table(title=title, show_header=False)
+    for name, value in report.items():
+        shown = ", ".join(value) if isinstance(value, list) else f"{value:,.4g}" if isinstance(value, float) else value
+        table.add_row(name, str(shown))
+    out.print(table)
+
+
+def _print_json(report: dict[str, Any]) -> None:
+    print(json.dumps(report, indent=2))

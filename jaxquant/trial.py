@@ -1,0 +1,299 @@
+"""A model and one setting of its cache: generate with it, and report what it saves and costs.
+
+These are the reports behind `jaxquant run`, `compare` and `eval`, as plain dictionaries.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Int, PRNGKeyArray
+
+from jaxquant import evaluate, models, needles, quantizers
+from jaxquant.cache import KVCache
+from jaxquant.models.loading import SMALL
+from jaxquant.protocols import Quantizer
+
+Progress = Callable[[str, int, int], object]
+
+LINES = (
+    ("cache, bytes held", "cache_bytes", ",.0f"),
+    ("bytes per token and kv head", "bytes_per_token", ".1f"),
+    ("perplexity", "perplexity", ".4f"),
+    ("KL divergence, nats", "kl", ".5f"),
+    ("same most probable token", "top1", ".2%"),
+    ("pass-key tokens right", "needle_accuracy", ".2%"),
+    ("prefill, tokens/s", "prefill_tokens_per_second", ",.1f"),
+    ("decode, tokens/s", "decode_tokens_per_second", ",.1f"),
+)
+"""Labels, keys and formats of the numbers in a report, in reading order."""
+
+
+class Method(Protocol):
+    """Builds the quantizers of keys and values."""
+
+    def __call__(self, key: PRNGKeyArray, /, *, dim: int, bits_k: int, bits_v: int) -> tuple[Quantizer, Quantizer]:
+        """Return the quantizers of keys and of values."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A loaded model, and how its cache is to be compressed.
+
+    Attributes:
+        model: to run.
+        keys: quantizer of the keys.
+        values: quantizer of the values.
+        sinks: first tokens of a row that stay exact.
+        window: newest tokens of a row that stay exact.
+        setting: all of it in words.
+    """
+
+    model: models.Model
+    keys: Quantizer
+    values: Quantizer
+    sinks: int
+    window: int
+    setting: str
+
+    @staticmethod
+    def load(
+        folder: Path | None, method: Method, *, bits_k: int, bits_v: int, sinks: int, window: int, seed: int
+    ) -> "Trial":
+        """Load a model and build its quantizers.
+
+        Args:
+            folder: Hugging Face folder; None for the small model in the package.
+            method: builds the quantizers.
+            bits_k: bits per coordinate of keys.
+            bits_v: bits per coordinate of values.
+            sinks: first tokens of a row that stay exact.
+            window: newest tokens of a row that stay exact.
+            seed: of the quantizers' key.
+        """
+        model = models.load(folder)
+        keys, values = method(jax.random.key(seed), dim=model.architecture.dim, bits_k=bits_k, bits_v=bits_v)
+        name = "the small model in the package" if folder is None else folder.name
+        setting = (
+            f"{name}, {model.architecture.layers} layers, {model.architecture.kv_heads} kv heads of "
+            f"{model.architecture.dim}; {method.__module__.rpartition('.')[2]} K{bits_k}/V{bits_v}, {sinks} sinks, "
+            f"window {window}; {jax.devices()[0].device_kind}"
+        )
+        return Trial(model=model, keys=keys, values=values, sinks=sinks, window=window, setting=setting)
+
+    def cache(self, rows: int, capacity: int) -> KVCache:
+        """Make an empty compressed cache."""
+        return self.model.decoder.init_cache(
+            self.keys, self.values, batch=rows, capacity=capacity, sinks=self.sinks, window=self.window
+        )
+
+    def baseline(self, rows: int, capacity: int, dtype: str = "bfloat16") -> KVCache:
+        """Make an empty cache that does not compress."""
+        exact = quantizers.Exact(dim=self.model.architecture.dim, dtype=dtype)  # pyright: ignore[reportArgumentType]
+        return self.model.decoder.init_cache(exact, exact, batch=rows, capacity=capacity, dtype=dtype)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        compressed: bool,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        write: Callable[[str], object] | None = None,
+    ) -> dict[str, Any]:
+        """Continue a prompt.
+
+        Args:
+            prompt: text to continue.
+            compressed: whether to compress the cache.
+            max_tokens: new tokens at most.
+            temperature: 0 takes the most probable token.
+            top_p: keeps the most probable tokens up to this probability.
+            seed: of the sampling.
+            write: called with each new piece of text.
+
+        Returns:
+            `text`, `tokens` (new ones), `cache_bytes`, `bytes_per_token`, `prefill_tokens_per_second`,
+            `decode_tokens_per_second`.
+
+        Raises:
+            ValueError: the prompt is empty, or too long for the model.
+        """
+        ids = self.model.tokenizer.encode(prompt)
+        if not ids:
+            raise ValueError("prompt is empty: give at least one character to continue")
+        total = len(ids) + max_tokens
+        if total > self.model.architecture.max_positions:
+            raise ValueError(
+                f"prompt of {len(ids)} tokens and --max-tokens {max_tokens} exceed the model's "
+                f"{self.model.architecture.max_positions} positions"
+            )
+        capacity = -(-total // 64) * 64
+        cache = self.cache(1, capacity) if compressed else self.baseline(1, capacity)
+        take = None if write is None else self.model.tokenizer.stream(write)
+        result = models.generate(
+            jax.random.key(seed), self.model.decoder, cache, [ids],
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, end_ids=self.model.end_ids,
+            chunk=min(256, -(-len(ids) // 16) * 16), on_token=None if take is None else lambda _, token: take(token),
+        )  # fmt: skip
+        report = {
+            "text": self.model.tokenizer.decode(result.tokens[0]),
+            "tokens": len(result.tokens[0]),
+            "cache_bytes": result.cache.nbytes,
+            "bytes_per_token": result.cache.bytes_per_token,
+            "prefill_tokens_per_second": len(ids) / result.prefill_seconds,
+        }
+        if result.decode_tokens:
+            report["decode_tokens_per_second"] = result.tokens_per_second
+        return report
+
+    def compare(
+        self, prompt: str, *, max_tokens: int, text: Path | None, rows: int, seq_len: int, progress: Progress
+    ) -> dict[str, Any]:
+        """Continue a prompt with and without compression, and score held-out text over both caches.
+
+        The baseline holds 16 bits a number. Pass keys are hidden in the same text and asked for.
+
+        Args:
+            prompt: text to continue.
+            max_tokens: new tokens at most.
+            text: file to score; None for the held-out text in the package.
+            rows: rows of it to score.
+            seq_len: tokens of a row.
+            progress: called with a description, what is done and what there is to do.
+        """
+        generated = {}
+        for i, name in enumerate(("baseline", "compressed")):
+            progress("generating", i, 2)
+            generated[name] = self.generate(prompt, compressed=bool(i), max_tokens=max_tokens)
+        progress("generating", 2, 2)
+        words = _text(text)
+        ids = np.array(self.model.tokenizer.encode(words, special=False))
+        scored = self._score(
+            evaluate.rows(ids, start=0, count=rows, length=seq_len), "bfloat16", 256, 8, "scoring text", progress
+        )
+        hidden = needles.hide(
+            np.random.default_rng(0),
+            words,
+            self.model.tokenizer,
+            count=rows,
+            length=seq_len,
+            keys=max(1, seq_len // 128),
+        )
+        found = self._retrieve(hidden, "bfloat16", 256, 8, progress)
+        return _report(self.setting, scored, found, generated)
+
+    def measure(
+        self,
+        tokens: str | None,
+        *,
+        start: int,
+        rows: int,
+        seq_len: int,
+        needle_file: str | None,
+        needle_rows: int,
+        chunk: int,
+        batch: int,
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """Score rows of tokens, and rows with pass keys, over a cache of the model's own dtype and the compressed one.
+
+        Args:
+            tokens: `FILE[:NAME]` of token ids or text; None for the held-out text in the package.
+            start: first token.
+            rows: rows to score.
+            seq_len: tokens that a row predicts.
+            needle_file: `FILE:NAME` of rows with questions, or None.
+            needle_rows: rows of it.
+            chunk: tokens of a prefill step.
+            batch: rows at a time.
+            progress: called with a description, what is done and what there is to do.
+        """
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        ids = self._read(tokens)
+        if ids.ndim != 1:
+            raise ValueError(f"--tokens must name one long row of token ids, got an array of shape {list(ids.shape)}")
+        chosen = evaluate.rows(ids, start=start, count=rows, length=seq_len)
+        scored = self._score(chosen, dtype, chunk, batch, "scoring text", progress)
+        found = None
+        if needle_file is not None:
+            hidden = self._read(needle_file)
+            if hidden.ndim != 2:
+                raise ValueError(f"--needles must name rows of token ids, got an array of shape {list(hidden.shape)}")
+            found = self._retrieve(hidden[:needle_rows].astype(np.int64), dtype, chunk, batch, progress)
+        return _report(self.setting, scored, found, {"baseline": {}, "compressed": {}})
+
+    def _score(
+        self, tokens: np.ndarray, dtype: str, chunk: int, batch: int, description: str, progress: Progress
+    ) -> tuple[evaluate.Scores, float, float]:
+        if tokens.max() >= self.model.architecture.vocabulary:
+            raise ValueError(
+                f"token id {tokens.max()} is outside the model's vocabulary of {self.model.architecture.vocabulary}"
+            )
+        capacity = tokens.shape[1] - 1
+        scores = evaluate.compare(
+            self.model.decoder,
+            tokens,
+            lambda rows: self.baseline(rows, capacity, dtype),
+            lambda rows: self.cache(rows, capacity),
+            batch=batch,
+            chunk=chunk,
+            progress=lambda done, total: progress(description, done, total),
+        )
+        held = self.baseline(1, capacity, dtype).bytes_per_token, self.cache(1, capacity).bytes_per_token
+        return scores, *held
+
+    def _retrieve(
+        self, rows: np.ndarray, dtype: str, chunk: int, batch: int, progress: Progress
+    ) -> tuple[float, float]:
+        marked = needles.answers(rows, self.model.tokenizer)
+        scores, *_ = self._score(rows, dtype, chunk, batch, "asking for pass keys", progress)
+        return scores.retrieval(marked)
+
+    def _read(self, source: str | None) -> Int[np.ndarray, "*rows tokens"]:
+        """Read `FILE[:NAME]`: token ids from .npy or .npz, or text."""
+        if source is None:
+            return np.array(self.model.tokenizer.encode(_text(None), special=False))
+        path, _, name = source.rpartition(":") if ".npz:" in source else (source, "", "")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        if path.endswith(".npz"):
+            with np.load(path, allow_pickle=False) as members:
+                if name not in members:
+                    raise ValueError(f"{path} has the members {', '.join(members)}; name one as {path}:NAME")
+                ids = members[name]
+        elif path.endswith(".npy"):
+            ids = np.load(path, allow_pickle=False)
+        else:
+            ids = np.array(self.model.tokenizer.encode(_text(Path(path)), special=False))
+        if not np.issubdtype(ids.dtype, np.integer) or not ids.size or ids.min() < 0:
+            raise ValueError(f"{source} must hold token ids, got {ids.dtype} of shape {list(ids.shape)}")
+        return ids.astype(np.int64)
+
+
+def _text(path: Path | None) -> str:
+    path = SMALL / "held_out.txt" if path is None else path
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _report(
+    setting: str,
+    scored: tuple[evaluate.Scores, float, float],
+    found: tuple[float, float] | None,
+    generated: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    scores, *held = scored
+    perplexities = scores.baseline_perplexity, scores.compressed_perplexity
+    report: dict[str, Any] = {"setting": setting, "scored_tokens": scores.kl.size}
+    for i, name in enumerate(("baseline", "compressed")):
+        report[name] = {**generated[name], "perplexity": perplexities[i], "bytes_per_token": held[i]}
+        if found is not None:
+            report[name]["needle_accuracy"] = found[i]
+    report["compressed"] |= {"kl": float(scores.kl.mean()), "top1": float(scores.agreement.mean())}
+    return report
