@@ -61,6 +61,8 @@ def test_chunks_equal_the_forward_pass_without_a_cache(
 
 
 def test_sinks_and_window_of_an_exact_cache_change_nothing(decoder: Decoder, plain: np.ndarray, step: Callable) -> None:
+    if decoder.architecture.family != "gemma3_text":
+        pytest.skip("one family compiles for long enough; its layers have both kinds of window")
     cache = exact(decoder, sinks=2, window=5)
     first, cache = step(cache, tokens()[:, :16])
     second, cache = step(cache, tokens()[:, 16:])
