@@ -40,8 +40,6 @@ HELD_OUT_BYTES = 50_000
 NEEDLE_SHARE = 0.15
 # Recalled digits are a few tokens in a thousand: at weight one, recall is learned late or never.
 ANSWER_WEIGHT = 10.0
-# Rows are a quarter as long for the first part of the run: recall forms there first, in many small steps.
-SHORT_SHARE = 0.6
 ADJECTIVES = "amber azure brisk calm coral crimson dusty early frozen gentle golden hollow ivory jolly lunar mellow misty noble olive quiet rapid silver sunny velvet".split()  # noqa: E501
 NOUNS = "anchor badger beacon canyon cedar comet delta ember falcon garden harbor island jacket kettle lantern meadow nickel orchard pebble raven saddle temple valley willow".split()  # noqa: E501
 CONFIG: dict[str, Any] = {
@@ -274,6 +272,7 @@ def main(
     needle_pool: Annotated[int, typer.Option(help="different rows with pass keys")] = 8192,
     microsteps: Annotated[int, typer.Option(help="steps per dispatch")] = 20,
     peak: Annotated[float, typer.Option(help="peak learning rate")] = 2e-3,
+    short_share: Annotated[float, typer.Option(help="part of the run on rows of a quarter length")] = 0.6,
     key: Annotated[int, typer.Option(help="makes the random key")] = 0,
 ) -> None:
     """Train the model and write its folder; print held-out perplexity and needle accuracy."""
@@ -345,7 +344,8 @@ def main(
         while done < 1.0:
             run_key, use = jax.random.split(run_key)
             span_of_progress = jnp.asarray([done, min(1.0, done + pace)])
-            params, moments, value = (short if done < SHORT_SHARE else long)(params, moments, use, span_of_progress)
+            # Recall forms on short rows first, in many cheap steps.
+            params, moments, value = (short if done < short_share else long)(params, moments, use, span_of_progress)
             train_loss = float(value)
             step += microsteps
             now = time.perf_counter() - start

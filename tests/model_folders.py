@@ -65,7 +65,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         **{name: value for name, value in SIZES.items() if name != "hidden_act"},
         "model_type": "gemma3_text",
-        "num_hidden_layers": 4,
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": 24,
         "sliding_window": WINDOW,

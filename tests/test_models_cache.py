@@ -13,6 +13,7 @@ from model_folders import CONFIGS, TOKENS, tokens, write_folder
 from jaxquant import models
 from jaxquant.cache import KVCache
 from jaxquant.methods import turboquant
+from jaxquant.models.architecture import FAMILIES
 from jaxquant.models.decoder import Decoder
 from jaxquant.quantizers import Exact
 
@@ -21,7 +22,7 @@ def tolerance(expected: np.ndarray) -> float:
     return 100 * float(np.finfo(np.float32).eps) * float(np.abs(expected).max())
 
 
-@pytest.fixture(scope="module", params=["llama_llama3", "mistral", "qwen2", "gemma3_text"])
+@pytest.fixture(scope="module", params=["mistral", "gemma3_text"])
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     folder = write_folder(tmp_path_factory.mktemp(request.param), request.param)
     return models.load(folder, dtype=jnp.float32).decoder
@@ -46,7 +47,7 @@ def exact(decoder: Decoder, *, batch: int = 2, sinks: int = 0, window: int = 0) 
     )
 
 
-@pytest.mark.parametrize("chunks", [(TOKENS,), (11, 13), (7, 7, 7, 1, 1, 1), (9, *[1] * 15)])
+@pytest.mark.parametrize("chunks", [(TOKENS,), (8, 8, 8), (8, 1, 8, *[1] * 7)])
 def test_chunks_equal_the_forward_pass_without_a_cache(
     decoder: Decoder, plain: np.ndarray, step: Callable, chunks: tuple[int, ...]
 ) -> None:
@@ -60,9 +61,11 @@ def test_chunks_equal_the_forward_pass_without_a_cache(
 
 
 def test_sinks_and_window_of_an_exact_cache_change_nothing(decoder: Decoder, plain: np.ndarray, step: Callable) -> None:
+    if decoder.architecture.family != "gemma3_text":
+        pytest.skip("one family compiles for long enough; its layers have both kinds of window")
     cache = exact(decoder, sinks=2, window=5)
-    first, cache = step(cache, tokens()[:, :11])
-    second, cache = step(cache, tokens()[:, 11:])
+    first, cache = step(cache, tokens()[:, :16])
+    second, cache = step(cache, tokens()[:, 16:])
     np.testing.assert_allclose(np.concatenate((first, second), axis=1), plain, rtol=0, atol=tolerance(plain))
 
 
@@ -94,8 +97,8 @@ def test_a_padded_row_equals_the_row_without_padding(
 def test_a_forgotten_chunk_and_a_compressed_cache_are_noticed(
     decoder: Decoder, plain: np.ndarray, step: Callable
 ) -> None:
-    forgotten, _ = step(exact(decoder), tokens()[:, 11:])
-    assert np.abs(forgotten - plain[:, 11:]).max() > 10 * tolerance(plain)
+    forgotten, _ = step(exact(decoder), tokens()[:, 16:])
+    assert np.abs(forgotten - plain[:, 16:]).max() > 10 * tolerance(plain)
     keys, values = turboquant.kv(jax.random.key(0), dim=decoder.architecture.dim, bits_k=4, bits_v=4)
     packed = decoder.init_cache(keys, values, batch=2, capacity=TOKENS)
     coded, packed = step(packed, tokens())
@@ -112,10 +115,10 @@ def test_the_cache_takes_its_shape_from_the_decoder(decoder: Decoder) -> None:
 
 def test_bfloat16_activations_stay_bfloat16(tmp_path: Path) -> None:
     decoder = models.load(write_folder(tmp_path, "qwen3"), dtype=jnp.bfloat16).decoder
-    hidden, _ = decoder.hidden(jnp.asarray(tokens()))
+    hidden = jax.eval_shape(lambda ids: decoder.hidden(ids)[0], tokens())
     assert hidden.dtype == jnp.bfloat16
-    assert decoder.logits(hidden).dtype == jnp.float32
+    assert jax.eval_shape(decoder.logits, hidden).dtype == jnp.float32
 
 
 def test_every_family_has_its_golden_config() -> None:
-    assert {config["model_type"] for config in CONFIGS.values()} | {"gemma3"} == set(models.architecture.FAMILIES)
+    assert {config["model_type"] for config in CONFIGS.values()} | {"gemma3"} == set(FAMILIES)

@@ -79,8 +79,8 @@ def test_a_wrong_config_is_noticed(
         ("qwen2", "model.layers.0.self_attn.v_proj.bias"),
         ("qwen3", "model.layers.0.self_attn.q_norm.weight"),
         ("qwen3", "model.layers.1.self_attn.k_norm.weight"),
-        ("gemma3_text", "model.layers.2.post_feedforward_layernorm.weight"),
-        ("gemma3_text", "model.layers.2.pre_feedforward_layernorm.weight"),
+        ("gemma3_text", "model.layers.1.post_feedforward_layernorm.weight"),
+        ("gemma3_text", "model.layers.0.pre_feedforward_layernorm.weight"),
     ],
 )
 def test_every_small_tensor_counts(family: str, tensor: str, tmp_path: Path, golden: dict[str, np.ndarray]) -> None:

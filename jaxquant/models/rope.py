@@ -65,8 +65,8 @@ def rotate(
         rope: the speeds.
 
     >>> x = jnp.ones((1, 2, 1, 2))
-    >>> rotate(x, jnp.array([[0, 1]]), Rope())[0, :, 0].round(4).tolist()
-    [[1.0, 1.0], [-0.3011999726295471, 1.381800055503845]]
+    >>> [f"{value:.2f}" for value in rotate(x, jnp.array([[0, 1]]), Rope())[0, 1, 0]]
+    ['-0.30', '1.38']
     """
     angles = positions[..., None].astype(jnp.float32) * rope.frequencies(x.shape[-1])
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
