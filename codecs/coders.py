@@ -1,0 +1,149 @@
+"""Byte planes to and from their smallest form: raw, one repeated byte, or a zstd frame.
+
+zstd serves twice. With matches switched off as far as its parameters allow it is a fast Huffman coder, which is what
+exponent planes want: the few short matches an ordinary level finds there cost more than they save. Where the sampled
+plane repeats itself an ordinary level is used instead. A decoder does not see the difference.
+"""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from jaxquant.codecs.errors import CorruptError
+
+RAW, CONSTANT, ZSTD = range(3)
+
+Bytes = NDArray[np.uint8]
+Buffer = bytes | memoryview | Bytes
+
+_PROBE = 1 << 15
+_HUFFMAN = zstandard.ZstdCompressionParameters(
+    window_log=17, chain_log=6, hash_log=8, search_log=1, min_match=7, target_length=0, strategy=1
+)
+
+
+class _PerThread(threading.local):
+    def __init__(self) -> None:
+        self.compressors: dict[int, zstandard.ZstdCompressor] = {}
+        self.decompressor = zstandard.ZstdDecompressor()
+        self.scratch: dict[tuple[str, np.dtype], np.ndarray] = {}
+
+
+_thread = _PerThread()
+
+
+def scratch(key: str, size: int, dtype: type[np.generic]) -> np.ndarray:
+    """Return an uninitialised work array of this thread, reused by every call with the same key."""
+    slot = (key, np.dtype(dtype))
+    held = _thread.scratch.get(slot)
+    if held is None or held.size < size:
+        held = _thread.scratch[slot] = np.empty(size, dtype)
+    return held[:size]
+
+
+def _compressor(level: int) -> zstandard.ZstdCompressor:
+    """Level 0 is the bare Huffman coder; others are zstd's own levels."""
+    held = _thread.compressors.get(level)
+    if held is None:
+        held = zstandard.ZstdCompressor(level=level) if level else zstandard.ZstdCompressor(compression_params=_HUFFMAN)
+        _thread.compressors[level] = held
+    return held
+
+
+def compressed(plane: Bytes, level: int) -> bytes:
+    """Compress to one zstd frame that states its content size."""
+    return _compressor(level).compress(plane)  # pyright: ignore[reportArgumentType]
+
+
+def entropy(symbols: np.ndarray) -> float:
+    """Estimate the bits per symbol of small non-negative integers, order 0, corrected for the size of the sample."""
+    counts = np.bincount(symbols.reshape(-1))
+    counts = counts[counts > 0]
+    share = counts / symbols.size
+    return float(-(share @ np.log2(share))) + (counts.size - 1) / (2 * np.log(2) * symbols.size)
+
+
+def probe(plane: Bytes) -> Bytes:
+    """Return the middle of a plane, long enough to tell what compresses it."""
+    middle = plane.size // 2
+    return plane[max(0, middle - _PROBE // 2) : middle + _PROBE // 2]
+
+
+def encode(plane: Bytes, levels: tuple[int, ...]) -> tuple[int, Buffer]:
+    """Code one plane with the best of `levels`, judged on a probe, or leave it raw where none pays.
+
+    Args:
+        plane: contiguous bytes.
+        levels: zstd levels to consider, 0 meaning bare Huffman.
+
+    Returns:
+        The coder's id and the coded bytes, which may be `plane` itself.
+    """
+    if not plane.size:
+        return RAW, plane
+    if plane[0] == plane[-1] and plane.max() == plane.min():
+        return CONSTANT, plane[:1].tobytes()
+    sample = probe(plane)
+    sizes = [len(compressed(sample, level)) for level in levels]
+    best = min(sizes)
+    if best > 0.985 * sample.size and plane.size > sample.size:
+        return RAW, plane
+    frame = compressed(plane, levels[sizes.index(best)])
+    return (ZSTD, frame) if len(frame) < plane.size else (RAW, plane)
+
+
+def encode_smallest(plane: Bytes, levels: tuple[int, ...]) -> tuple[int, Buffer]:
+    """Code one plane with every level in full and keep the smallest."""
+    if not plane.size:
+        return RAW, plane
+    if plane[0] == plane[-1] and plane.max() == plane.min():
+        return CONSTANT, plane[:1].tobytes()
+    frame = min((compressed(plane, level) for level in levels), key=len)
+    return (ZSTD, frame) if len(frame) < plane.size else (RAW, plane)
+
+
+def _decode_raw(coded: Bytes, size: int) -> Bytes:
+    if coded.size != size:
+        raise CorruptError(f"a raw plane holds {coded.size} bytes where {size} belong")
+    return coded
+
+
+def _decode_constant(coded: Bytes, size: int) -> Bytes:
+    if coded.size != 1:
+        raise CorruptError(f"a constant plane holds {coded.size} bytes where 1 belongs")
+    return np.broadcast_to(coded, (size,))
+
+
+def _decode_zstd(coded: Bytes, size: int) -> Bytes:
+    try:  # the size that the frame claims decides the allocation, so it is checked first
+        claimed = zstandard.frame_content_size(coded)
+        if claimed != size:
+            raise CorruptError(f"a zstd plane claims {claimed} bytes where {size} belong")
+        plane = _thread.decompressor.decompress(coded, allow_extra_data=False)  # pyright: ignore[reportArgumentType]
+    except zstandard.ZstdError as error:
+        raise CorruptError(f"a zstd plane does not decode: {error}") from None
+    if len(plane) != size:
+        raise CorruptError(f"a zstd plane decodes to {len(plane)} bytes where {size} belong")
+    return np.frombuffer(plane, np.uint8)
+
+
+_DECODERS: dict[int, Callable[[Bytes, int], Bytes]] = {
+    RAW: _decode_raw,
+    CONSTANT: _decode_constant,
+    ZSTD: _decode_zstd,
+}
+
+
+def decode(coder: int, coded: Bytes, size: int) -> Bytes:
+    """Decode one plane of exactly `size` bytes.
+
+    Raises:
+        CorruptError: the coder is unknown or the bytes do not decode to `size` bytes.
+    """
+    decoder = _DECODERS.get(coder)
+    if decoder is None:
+        raise CorruptError(f"plane coder {coder} is none of {sorted(_DECODERS)}")
+    return decoder(coded, size)
