@@ -22,7 +22,8 @@ class Profile:
     Attributes:
         levels: zstd levels to judge on a probe of each plane; 0 is bare Huffman.
         symbols: whether 8-bit symbols may be chosen where 4-bit exponents would do.
-        trials: how many of the best estimates are encoded in full; the smallest result is kept.
+        trials: how many of the best estimates are encoded in full (one more where values recur, as matches are
+            hard to foresee); the smallest result is kept.
         contexts: whether planes may be coded with a context model.
     """
 
@@ -35,7 +36,7 @@ class Profile:
 PROFILES = {
     "fast": Profile(levels=(0, 1), symbols=False, trials=1, contexts=False),
     "balanced": Profile(levels=(0, 3), symbols=True, trials=1, contexts=False),
-    "small": Profile(levels=(0, 3, 19), symbols=True, trials=3, contexts=True),
+    "small": Profile(levels=(0, 3, 9), symbols=True, trials=3, contexts=True),
 }
 
 
@@ -63,36 +64,41 @@ class _Sample:
     def __init__(self, words: Words, cols: int, exponent_bits: int) -> None:
         rows = words.size // cols
         count = min(rows - 1, max(16, min(64, (1 << 16) // cols)))
-        self.indices = 1 + np.arange(count) * (rows - 1) // count
-        self.halves = _rows(words, cols, self.indices)
-        self.before = _rows(words, cols, self.indices - 1)
+        indices = 1 + np.arange(count) * (rows - 1) // count
+        self.halves = _rows(words, cols, indices)
+        self.before = _rows(words, cols, indices - 1)
         self.exponent_bits = exponent_bits
-        self.exponents = (self.halves >> (15 - exponent_bits)) & ((1 << exponent_bits) - 1)
-        mean = self.exponents.mean(axis=0, dtype=np.float32)
-        # the mean exponent of a Gaussian lies about .8 below that of its median magnitude
-        typical = np.floor(mean + 0.8).astype(np.int32) - 1
-        if mean.max() - mean.min() < 1.5:
-            common = np.full_like(typical, int(np.floor(np.median(mean) + 0.8)) - 1)
-            if coders.entropy(self.exponents) <= coders.entropy(self._centred(typical)) + 0.02:
-                typical = common
-        self.typical = typical
+        shifted = self.halves >> (15 - exponent_bits)
+        exponents = (shifted & ((1 << exponent_bits) - 1)).astype(np.int16 if exponent_bits > 8 else np.uint8)
+        # a channel's mean is pulled towards the common one by as much as sampling alone would spread it
+        mean, variance = exponents.mean(axis=0, dtype=np.float32), exponents[:, ::8].var(dtype=np.float32)
+        common, spread = mean.mean(), mean.var()
+        within = max(0.0, float(variance - spread)) / count
+        shrunk = common + (mean - common) * max(0.0, 1 - within / max(float(spread), 1e-9))
+        # and lies about .8 below the exponent of a Gaussian's median magnitude
+        self.typical = np.floor(shrunk + 0.8).astype(np.int32) - 1
+        self.few = slice(0, None, max(1, exponents.size >> 14))
+        self.exponents = exponents[self.few]
+        self._counts = np.bincount(self._centred(self.typical).reshape(-1), minlength=256)
 
     def _centred(self, typical: np.ndarray) -> np.ndarray:
-        return np.clip(self.exponents.astype(np.int32) - typical + 64, 0, 127)
+        if self.exponent_bits > 8:
+            return np.clip(self.exponents - typical + 128, 0, 255)
+        return self.exponents - (typical - 128).astype(np.uint8)
 
     def window(self, width: int) -> tuple[int, float]:
         """Return where, relative to the typical exponent, a window loses least, and the share it loses."""
-        counts = np.bincount(self._centred(self.typical).reshape(-1), minlength=128)
-        inside = np.convolve(counts, np.ones(width, int), "valid")
+        inside = np.convolve(self._counts, np.ones(width, int), "valid")
         best = np.flatnonzero(inside == inside.max())
-        start = int(best[np.argmin(np.abs(best - (64 - width + 5)))])
-        return start - 64, 1 - inside[start] / counts.sum()
+        start = int(best[np.argmin(np.abs(best - (128 - width + 5)))])
+        return start - 128, 1 - inside[start] / self._counts.sum()
 
 
 def _nibbles(sample: _Sample, itemsize: int) -> Plan:
     start, lost = sample.window(16)
     base = np.clip(sample.typical + start, 0, 255).astype(np.uint8)
-    pairs = [(half >> 7).astype(np.uint8) - base for half in (sample.before, sample.halves)]
+    few = sample.few
+    pairs = [(half >> 7).astype(np.uint8) - base for half in (sample.before[few], sample.halves[few])]
     entropy = coders.entropy((pairs[0] & 15) | ((pairs[1] & 15) << 4)) / 2
     return Plan(8 * itemsize - 8 + entropy + HUFFMAN_LOSS / 2 + lost * ESCAPE_BITS, base)
 
@@ -111,7 +117,7 @@ def _symbols(sample: _Sample, rows: int, itemsize: int) -> Plan:
     negative = np.where(previous, flips, usual) > 0.5
     base = ((magnitude + (negative.astype(np.int32) << (15 - shift))) & (0xFFFF >> shift)).astype(np.uint16)
     against = np.where(previous, fields.SIGN, np.uint16(0)).astype(np.uint16)
-    coded = ((sample.halves ^ (sample.before & against)) >> shift) - base
+    coded = ((sample.halves ^ (sample.before & against))[sample.few] >> shift) - base
     symbols = (coded & 0x7F) | ((coded >> (8 - shift)) & 0x80) if shift == 4 else coded & 0xFF
     entropy, cols, tile = coders.entropy(symbols), symbols.shape[1], symbols.shape[1]
     for narrow in (32, 64, 128, 256):
@@ -125,34 +131,56 @@ def _symbols(sample: _Sample, rows: int, itemsize: int) -> Plan:
     return Plan(bits, fields.SymbolModel(shift, base, against, tile))
 
 
-def _planes(words: Words, cols: int, exponent_bits: int, levels: tuple[int, ...]) -> list[Plan]:
+def _plane_bits(words: Words, repeats: bool, level: int) -> float:
+    """Cost the byte planes of some words, with matches where they may pay."""
+    total = 0.15 * words.itemsize
+    for index in range(words.itemsize):
+        plane = planes.split(words, index)
+        bits = min(8.0, coders.entropy(plane) + HUFFMAN_LOSS)
+        total += min(bits, 8 * len(coders.compressed(plane, level)) / plane.size) if repeats else bits
+    return total
+
+
+def _planes(words: Words, cols: int, exponent_bits: int, repeats: bool, level: int) -> list[Plan]:
     """Cost the byte planes of a run of consecutive rows, plain and as differences."""
     rows = words.size // cols
-    count = min(rows, max(4, min(64, (1 << 14) // cols)))
+    count = min(rows, max(4, min(64 if repeats else 16, (1 << 14) // cols)))
     first = (rows - count) // 2
     run = words[first * cols : (first + count) * cols]
-    ordered = planes.ORDERED if exponent_bits else 0
-    found = []
-    for predictor in (planes.NONE, planes.DELTA | ordered, planes.DELTA_TWICE | ordered, planes.XOR):
-        if predictor and count < 4:
-            break
-        kept = planes.difference(run, cols, predictor)[2 * cols if predictor else 0 :]
-        split = [planes.split(kept, index) for index in range(words.itemsize)]
-        bits = [min(8.0, coders.entropy(plane) + HUFFMAN_LOSS) for plane in split]
-        if sum(bits) < 7.5 * words.itemsize or not predictor:
-            best = [8 * len(coders.compressed(plane, levels[1])) / plane.size for plane in split]
-            bits = [min(pair) for pair in zip(bits, best, strict=True)]
-        found.append(Plan(sum(bits) + 0.15 * words.itemsize, predictor))
+    found = [Plan(_plane_bits(run, repeats, level), planes.NONE)]
+    if count < 4:
+        return found
+    ordered, top = (planes.ORDERED if exponent_bits else 0), words.itemsize - 1
+    plain = coders.entropy(planes.split(run, top)) if top else 9.0
+    for predictor in (planes.DELTA | ordered, planes.DELTA_TWICE | ordered, planes.XOR):
+        changed = planes.difference(run, cols, predictor)[2 * cols :]
+        if coders.entropy(planes.split(changed, top)) < plain - 0.5:
+            found.append(Plan(_plane_bits(changed, repeats, level), predictor))
+        elif exponent_bits:
+            break  # not smooth along the tokens
     return found
 
 
-def plans(words: Words, cols: int, exponent_bits: int, profile: Profile) -> list[Plan]:
-    """Return the ways to split a chunk, cheapest estimate first.
+def repeats(words: Words, cols: int) -> bool:
+    """Say whether values recur at the same channels often enough for matches to pay."""
+    rows = words.size // cols
+    width = cols * words.itemsize
+    if width % 8 or rows < 16:
+        return True  # too small or too odd to tell cheaply
+    first = max(0, rows // 2 - 128)
+    wide = words.view(np.uint64).reshape(rows, -1)[first : first + 256]
+    columns = wide[:, :: max(1, wide.shape[1] // 4)][:, :4]
+    return sum(np.unique(columns[:, i]).size for i in range(columns.shape[1])) < 0.97 * columns.size
+
+
+def plans(words: Words, cols: int, exponent_bits: int, recurring: bool, profile: Profile) -> list[Plan]:
+    """Return the ways to split a chunk that are worth encoding in full, cheapest estimate first.
 
     Args:
         words: `rows * cols` words, flat.
         cols: words per row; a column is a channel.
         exponent_bits: of the number format, 0 for integers.
+        recurring: what `repeats` says.
         profile: what may be spent.
     """
     rows = words.size // cols
@@ -163,4 +191,5 @@ def plans(words: Words, cols: int, exponent_bits: int, profile: Profile) -> list
             found.append(_nibbles(sample, words.itemsize))
         if profile.symbols or not found:
             found.append(_symbols(sample, rows, words.itemsize))
-    return sorted(found + _planes(words, cols, exponent_bits, profile.levels), key=lambda plan: plan.bits)
+    found += _planes(words, cols, exponent_bits, recurring or not exponent_bits, profile.levels[1])
+    return sorted(found, key=lambda plan: plan.bits)[: profile.trials + recurring]

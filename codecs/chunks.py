@@ -24,16 +24,20 @@ _MAX_STREAMS = 16
 class _Streams:
     """The planes of a chunk being written, and how to code them."""
 
-    def __init__(self, profile: choose.Profile) -> None:
-        self.profile = profile
+    def __init__(self, profile: choose.Profile, recurring: bool) -> None:
+        self.profile, self.recurring = profile, recurring
         self.coded: list[tuple[int, Buffer]] = []
 
     def add(self, plane: Bytes) -> None:
         self.coded.append(coders.encode(plane, self.profile.levels))
 
+    def add_noise(self, plane: Bytes) -> None:
+        code = coders.encode if self.recurring else coders.encode_noise
+        self.coded.append(code(plane, self.profile.levels))
+
     def add_planes(self, words: Words, count: int) -> None:
         for index in range(count):
-            self.add(planes.split(words, index))
+            self.add_noise(planes.split(words, index))
 
 
 def bound(raw_bytes: int) -> int:
@@ -53,8 +57,8 @@ def _size(parts: list[Buffer]) -> int:
 
 def _row_keys(rows: np.ndarray, indices: np.ndarray | slice) -> np.ndarray:
     """Hash rows of 64-bit words by six of them; equality is checked later."""
-    picked = np.unique(np.linspace(0, rows.shape[1] - 1, 6).astype(int))
-    keys = rows[indices, picked[0]].copy()
+    picked = range(0, rows.shape[1], max(1, rows.shape[1] // 6))[:6]
+    keys = rows[indices, 0].copy()
     for column in picked[1:]:
         keys *= np.uint64(0x9E3779B97F4A7C15)
         keys ^= keys >> np.uint64(29)
@@ -68,9 +72,9 @@ def _repeated_rows(words: Words, cols: int) -> tuple[Words, np.ndarray] | None:
     if count < 32 or (cols * words.itemsize) % 8:
         return None
     rows = words.view(np.uint64).reshape(count, -1)
-    middle = max(0, count // 2 - 128)
-    sampled = np.union1d(np.arange(middle, min(count, middle + 256)), np.arange(0, count, max(1, count // 256)))
-    if np.unique(_row_keys(rows, sampled)).size > 0.9 * sampled.size:
+    step = max(1, count // 512)
+    sampled = np.arange(0, count, step)
+    if np.unique(_row_keys(rows, slice(None, None, step))).size > (1 - 0.1 / step) * sampled.size:
         return None
     _, first, place = np.unique(_row_keys(rows, slice(None)), return_index=True, return_inverse=True)
     if first.size > 0.95 * count:
@@ -85,7 +89,9 @@ def _repeated_rows(words: Words, cols: int) -> tuple[Words, np.ndarray] | None:
     return distinct.reshape(-1).view(words.dtype), place
 
 
-def _encode_split(words: Words, cols: int, split: Bytes | fields.SymbolModel | int, streams: _Streams) -> tuple[int, int]:
+def _encode_split(
+    words: Words, cols: int, split: Bytes | fields.SymbolModel | int, streams: _Streams
+) -> tuple[int, int]:
     """Add the streams of one split and return the chunk's kind and parameter."""
     if isinstance(split, int):
         streams.add_planes(planes.difference(words, cols, split), words.itemsize)
@@ -103,7 +109,7 @@ def _encode_split(words: Words, cols: int, split: Bytes | fields.SymbolModel | i
     streams.add(np.frombuffer(struct.pack("<I", escapes.high.size), np.uint8))
     streams.add(fields.pack_escapes(escapes))
     streams.add(coded)
-    streams.add(low)
+    streams.add_noise(low)
     streams.add_planes(words, words.itemsize - 2)
     return kind, parameter
 
@@ -128,10 +134,11 @@ def encode(words: Words, cols: int, exponent_bits: int, profile: choose.Profile)
     inner = words if repeated is None else repeated[0]
     unique = inner.size // cols
     best = raw
-    for plan in choose.plans(inner, cols, exponent_bits, profile)[: profile.trials]:
+    recurring = choose.repeats(inner, cols)
+    for plan in choose.plans(inner, cols, exponent_bits, recurring, profile):
         if plan.bits > 7.95 * words.itemsize and repeated is None:
             break
-        streams = _Streams(profile)
+        streams = _Streams(profile, recurring)
         if repeated is not None:
             streams.add_planes(repeated[1].astype(np.uint32), 4)
         kind, parameter = _encode_split(inner, cols, plan.split, streams)

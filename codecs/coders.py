@@ -20,6 +20,7 @@ Bytes = NDArray[np.uint8]
 Buffer = bytes | memoryview | Bytes
 
 _PROBE = 1 << 15
+_GLANCE = 1 << 12
 _HUFFMAN = zstandard.ZstdCompressionParameters(
     window_log=17, chain_log=6, hash_log=8, search_log=1, min_match=7, target_length=0, strategy=1
 )
@@ -95,14 +96,12 @@ def encode(plane: Bytes, levels: tuple[int, ...]) -> tuple[int, Buffer]:
     return (ZSTD, frame) if len(frame) < plane.size else (RAW, plane)
 
 
-def encode_smallest(plane: Bytes, levels: tuple[int, ...]) -> tuple[int, Buffer]:
-    """Code one plane with every level in full and keep the smallest."""
-    if not plane.size:
+def encode_noise(plane: Bytes, levels: tuple[int, ...]) -> tuple[int, Buffer]:
+    """Code a plane that is expected to be noise: raw at once where a small sample agrees."""
+    sample = plane[plane.size // 2 :][:_GLANCE]
+    if sample.size == _GLANCE and entropy(sample) > 7.9:
         return RAW, plane
-    if plane[0] == plane[-1] and plane.max() == plane.min():
-        return CONSTANT, plane[:1].tobytes()
-    frame = min((compressed(plane, level) for level in levels), key=len)
-    return (ZSTD, frame) if len(frame) < plane.size else (RAW, plane)
+    return encode(plane, levels)
 
 
 def _decode_raw(coded: Bytes, size: int) -> Bytes:
