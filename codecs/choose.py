@@ -50,7 +50,8 @@ class Plan:
 
 
 def _rows(words: Words, cols: int, indices: np.ndarray) -> np.ndarray:
-    return fields.top_halves(words.reshape(-1, cols)[indices].reshape(-1)).reshape(-1, cols).copy()
+    halves = fields.top_halves(words.reshape(-1, cols)[indices].reshape(-1)).reshape(-1, cols)
+    return halves if words.itemsize == 2 else halves.copy()
 
 
 def _binary_entropy(share: np.ndarray) -> np.ndarray:
@@ -65,21 +66,30 @@ class _Sample:
         rows = words.size // cols
         count = min(rows - 1, max(16, min(64, (1 << 16) // cols)))
         indices = 1 + np.arange(count) * (rows - 1) // count
+        self._words, self._before = words.reshape(-1, cols), indices - 1
         self.halves = _rows(words, cols, indices)
-        self.before = _rows(words, cols, indices - 1)
         self.exponent_bits = exponent_bits
         shifted = self.halves >> (15 - exponent_bits)
         exponents = (shifted & ((1 << exponent_bits) - 1)).astype(np.int16 if exponent_bits > 8 else np.uint8)
+        self.few = slice(0, None, max(1, exponents.size >> 13))
+        self.exponents = exponents[self.few]
         # a channel's mean is pulled towards the common one by as much as sampling alone would spread it
-        mean, variance = exponents.mean(axis=0, dtype=np.float32), exponents[:, ::8].var(dtype=np.float32)
-        common, spread = mean.mean(), mean.var()
-        within = max(0.0, float(variance - spread)) / count
-        shrunk = common + (mean - common) * max(0.0, 1 - within / max(float(spread), 1e-9))
+        mean = np.add.reduce(exponents, axis=0, dtype=np.uint32).astype(np.float32) / count
+        common, spread = float(mean.mean()), float(mean.var())
+        within = max(0.0, float(self.exponents.astype(np.float32).var()) - spread) / count
+        shrunk = common + (mean - common) * max(0.0, 1 - within / max(spread, 1e-9))
         # and lies about .8 below the exponent of a Gaussian's median magnitude
         self.typical = np.floor(shrunk + 0.8).astype(np.int32) - 1
-        self.few = slice(0, None, max(1, exponents.size >> 14))
-        self.exponents = exponents[self.few]
-        self._counts = np.bincount(self._centred(self.typical).reshape(-1), minlength=256)
+        self.counts = np.bincount(self._centred(self.typical).reshape(-1), minlength=256)
+
+    def before(self, which: slice = slice(None)) -> np.ndarray:
+        """Return the rows before those sampled, or before some of them."""
+        return _rows(self._words, self._words.shape[1], self._before[which])
+
+    def smooth(self) -> bool:
+        """Say whether most words share their top byte with the word before, as differences would need."""
+        same = (self.halves[self.few] ^ self.before(self.few)) < 256
+        return np.count_nonzero(same) > 0.6 * same.size
 
     def _centred(self, typical: np.ndarray) -> np.ndarray:
         if self.exponent_bits > 8:
@@ -88,18 +98,16 @@ class _Sample:
 
     def window(self, width: int) -> tuple[int, float]:
         """Return where, relative to the typical exponent, a window loses least, and the share it loses."""
-        inside = np.convolve(self._counts, np.ones(width, int), "valid")
+        inside = np.convolve(self.counts, np.ones(width, int), "valid")
         best = np.flatnonzero(inside == inside.max())
         start = int(best[np.argmin(np.abs(best - (128 - width + 5)))])
-        return start - 128, 1 - inside[start] / self._counts.sum()
+        return start - 128, 1 - inside[start] / self.counts.sum()
 
 
 def _nibbles(sample: _Sample, itemsize: int) -> Plan:
     start, lost = sample.window(16)
     base = np.clip(sample.typical + start, 0, 255).astype(np.uint8)
-    few = sample.few
-    pairs = [(half >> 7).astype(np.uint8) - base for half in (sample.before[few], sample.halves[few])]
-    entropy = coders.entropy((pairs[0] & 15) | ((pairs[1] & 15) << 4)) / 2
+    entropy = coders.entropy_of(sample.counts)  # of single exponents: pairs can only cost less
     return Plan(8 * itemsize - 8 + entropy + HUFFMAN_LOSS / 2 + lost * ESCAPE_BITS, base)
 
 
@@ -111,13 +119,14 @@ def _symbols(sample: _Sample, rows: int, itemsize: int) -> Plan:
     magnitude = (sample.typical + start) << kept
     if shift == 4:
         magnitude = np.maximum(magnitude, 0)
-    signs, before = sample.halves >> 15, sample.before >> 15
-    usual, flips = signs.mean(axis=0, dtype=np.float32), (signs ^ before).mean(axis=0, dtype=np.float32)
+    before = sample.before()
+    usual = (sample.halves >> 15).mean(axis=0, dtype=np.float32)
+    flips = ((sample.halves ^ before) >> 15).mean(axis=0, dtype=np.float32)
     previous = _binary_entropy(flips) < _binary_entropy(usual) - 0.05
     negative = np.where(previous, flips, usual) > 0.5
     base = ((magnitude + (negative.astype(np.int32) << (15 - shift))) & (0xFFFF >> shift)).astype(np.uint16)
     against = np.where(previous, fields.SIGN, np.uint16(0)).astype(np.uint16)
-    coded = ((sample.halves ^ (sample.before & against))[sample.few] >> shift) - base
+    coded = ((sample.halves ^ (before & against))[sample.few] >> shift) - base
     symbols = (coded & 0x7F) | ((coded >> (8 - shift)) & 0x80) if shift == 4 else coded & 0xFF
     entropy, cols, tile = coders.entropy(symbols), symbols.shape[1], symbols.shape[1]
     for narrow in (32, 64, 128, 256):
@@ -150,37 +159,33 @@ def _planes(words: Words, cols: int, exponent_bits: int, repeats: bool, level: i
     found = [Plan(_plane_bits(run, repeats, level), planes.NONE)]
     if count < 4:
         return found
-    ordered, top = (planes.ORDERED if exponent_bits else 0), words.itemsize - 1
-    plain = coders.entropy(planes.split(run, top)) if top else 9.0
+    ordered = planes.ORDERED if exponent_bits else 0
     for predictor in (planes.DELTA | ordered, planes.DELTA_TWICE | ordered, planes.XOR):
         changed = planes.difference(run, cols, predictor)[2 * cols :]
-        if coders.entropy(planes.split(changed, top)) < plain - 0.5:
-            found.append(Plan(_plane_bits(changed, repeats, level), predictor))
-        elif exponent_bits:
-            break  # not smooth along the tokens
+        found.append(Plan(_plane_bits(changed, repeats, level), predictor))
     return found
 
 
-def repeats(words: Words, cols: int) -> bool:
-    """Say whether values recur at the same channels often enough for matches to pay."""
+def recurring(words: Words, cols: int) -> bool:
+    """Say whether values recur at the same channels often enough for repeated rows or matches to pay."""
     rows = words.size // cols
-    width = cols * words.itemsize
-    if width % 8 or rows < 16:
+    if (cols * words.itemsize) % 8 or rows < 16:
         return True  # too small or too odd to tell cheaply
-    first = max(0, rows // 2 - 128)
-    wide = words.view(np.uint64).reshape(rows, -1)[first : first + 256]
-    columns = wide[:, :: max(1, wide.shape[1] // 4)][:, :4]
-    return sum(np.unique(columns[:, i]).size for i in range(columns.shape[1])) < 0.97 * columns.size
+    wide = words.view(np.uint64).reshape(rows, -1)
+    wide = wide[:, :: max(1, wide.shape[1] // 4)][:, :4]
+    middle = rows // 2
+    columns = np.sort(np.concatenate([wide[:middle][-192:], wide[middle :: max(1, rows // 128)]]), axis=0)
+    return np.count_nonzero(columns[1:] == columns[:-1]) > 0.02 * columns.size
 
 
-def plans(words: Words, cols: int, exponent_bits: int, recurring: bool, profile: Profile) -> list[Plan]:
+def plans(words: Words, cols: int, exponent_bits: int, repeats: bool, profile: Profile) -> list[Plan]:
     """Return the ways to split a chunk that are worth encoding in full, cheapest estimate first.
 
     Args:
         words: `rows * cols` words, flat.
         cols: words per row; a column is a channel.
         exponent_bits: of the number format, 0 for integers.
-        recurring: what `repeats` says.
+        repeats: what `recurring` says.
         profile: what may be spent.
     """
     rows = words.size // cols
@@ -191,5 +196,7 @@ def plans(words: Words, cols: int, exponent_bits: int, recurring: bool, profile:
             found.append(_nibbles(sample, words.itemsize))
         if profile.symbols or not found:
             found.append(_symbols(sample, rows, words.itemsize))
-    found += _planes(words, cols, exponent_bits, recurring or not exponent_bits, profile.levels[1])
-    return sorted(found, key=lambda plan: plan.bits)[: profile.trials + recurring]
+        if not repeats and not sample.smooth():
+            return sorted(found, key=lambda plan: plan.bits)[: profile.trials]
+    found += _planes(words, cols, exponent_bits, repeats or not exponent_bits, profile.levels[1])
+    return sorted(found, key=lambda plan: plan.bits)[: profile.trials + repeats]

@@ -22,18 +22,18 @@ _MAX_STREAMS = 16
 
 
 class _Streams:
-    """The planes of a chunk being written, and how to code them."""
+    """The planes of a chunk being written, and how to code them: noise is looked at closely only where values recur."""
 
-    def __init__(self, profile: choose.Profile, recurring: bool) -> None:
-        self.profile, self.recurring = profile, recurring
+    def __init__(self, levels: tuple[int, ...], recurring: bool) -> None:
+        self.levels, self.recurring = levels, recurring
         self.coded: list[tuple[int, Buffer]] = []
 
     def add(self, plane: Bytes) -> None:
-        self.coded.append(coders.encode(plane, self.profile.levels))
+        self.coded.append(coders.encode(plane, self.levels))
 
     def add_noise(self, plane: Bytes) -> None:
         code = coders.encode if self.recurring else coders.encode_noise
-        self.coded.append(code(plane, self.profile.levels))
+        self.coded.append(code(plane, self.levels))
 
     def add_planes(self, words: Words, count: int) -> None:
         for index in range(count):
@@ -130,15 +130,17 @@ def encode(words: Words, cols: int, exponent_bits: int, profile: choose.Profile)
     if words[0] == words[-1] and words.size > 1 and words.max() == words.min():
         constant: list[Buffer] = [HEAD.pack(CONSTANT, 0, 0, 0, cols, words.size // cols), words[:1].tobytes()]
         return min(constant, raw, key=_size)
-    repeated = _repeated_rows(words, cols)
+    recurring = choose.recurring(words, cols)
+    repeated = _repeated_rows(words, cols) if recurring else None
     inner = words if repeated is None else repeated[0]
     unique = inner.size // cols
     best = raw
-    recurring = choose.repeats(inner, cols)
+    if repeated is not None:
+        recurring = choose.recurring(inner, cols)
     for plan in choose.plans(inner, cols, exponent_bits, recurring, profile):
         if plan.bits > 7.95 * words.itemsize and repeated is None:
             break
-        streams = _Streams(profile, recurring)
+        streams = _Streams(profile.levels, recurring)
         if repeated is not None:
             streams.add_planes(repeated[1].astype(np.uint32), 4)
         kind, parameter = _encode_split(inner, cols, plan.split, streams)

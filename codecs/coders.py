@@ -5,6 +5,7 @@ exponent planes want: the few short matches an ordinary level finds there cost m
 plane repeats itself an ordinary level is used instead. A decoder does not see the difference.
 """
 
+import math
 import threading
 from collections.abc import Callable
 
@@ -61,10 +62,14 @@ def compressed(plane: Bytes, level: int) -> bytes:
 
 def entropy(symbols: np.ndarray) -> float:
     """Estimate the bits per symbol of small non-negative integers, order 0, corrected for the size of the sample."""
-    counts = np.bincount(symbols.reshape(-1))
-    counts = counts[counts > 0]
-    share = counts / symbols.size
-    return float(-(share @ np.log2(share))) + (counts.size - 1) / (2 * np.log(2) * symbols.size)
+    return entropy_of(np.bincount(symbols.reshape(-1)))
+
+
+def entropy_of(counts: np.ndarray) -> float:
+    """Estimate the bits per symbol from how often each was seen, corrected for the size of the sample."""
+    seen = counts[counts > 0]
+    total = float(seen.sum())
+    return math.log2(total) - float(seen @ np.log2(seen)) / total + (seen.size - 1) / (2 * math.log(2) * total)
 
 
 def probe(plane: Bytes) -> Bytes:
