@@ -24,19 +24,17 @@ class Profile:
         symbols: whether 8-bit symbols may be chosen where 4-bit exponents would do.
         trials: how many of the best estimates are encoded in full (one more where values recur, as matches are
             hard to foresee); the smallest result is kept.
-        contexts: whether planes may be coded with a context model.
     """
 
     levels: tuple[int, ...]
     symbols: bool
     trials: int
-    contexts: bool
 
 
 PROFILES = {
-    "fast": Profile(levels=(0, 1), symbols=False, trials=1, contexts=False),
-    "balanced": Profile(levels=(0, 3), symbols=True, trials=1, contexts=False),
-    "small": Profile(levels=(0, 3, 9), symbols=True, trials=3, contexts=True),
+    "fast": Profile(levels=(0, 1), symbols=False, trials=1),
+    "balanced": Profile(levels=(0, 3), symbols=True, trials=1),
+    "small": Profile(levels=(0, 3, 9), symbols=True, trials=3),
 }
 
 
@@ -89,7 +87,7 @@ class _Sample:
     def smooth(self) -> bool:
         """Say whether most words share their top byte with the word before, as differences would need."""
         same = (self.halves[self.few] ^ self.before(self.few)) < 256
-        return np.count_nonzero(same) > 0.6 * same.size
+        return bool(np.count_nonzero(same) > 0.6 * same.size)
 
     def _centred(self, typical: np.ndarray) -> np.ndarray:
         if self.exponent_bits > 8:
@@ -175,7 +173,7 @@ def recurring(words: Words, cols: int) -> bool:
     wide = wide[:, :: max(1, wide.shape[1] // 4)][:, :4]
     middle = rows // 2
     columns = np.sort(np.concatenate([wide[:middle][-192:], wide[middle :: max(1, rows // 128)]]), axis=0)
-    return np.count_nonzero(columns[1:] == columns[:-1]) > 0.02 * columns.size
+    return bool(np.count_nonzero(columns[1:] == columns[:-1]) > 0.02 * columns.size)
 
 
 def plans(words: Words, cols: int, exponent_bits: int, repeats: bool, profile: Profile) -> list[Plan]:

@@ -19,6 +19,7 @@ HEAD = struct.Struct("<BBBBII")  # kind, parameter, streams, reserved, columns, 
 STREAM = struct.Struct("<BI")  # coder, stored bytes
 MAX_BYTES = 1 << 30  # of one decoded chunk
 _MAX_STREAMS = 16
+_ESCAPE_EVERY = 16  # words per exception, at least: what a decoder holds for them stays below its output
 
 
 class _Streams:
@@ -91,8 +92,8 @@ def _repeated_rows(words: Words, cols: int) -> tuple[Words, np.ndarray] | None:
 
 def _encode_split(
     words: Words, cols: int, split: Bytes | fields.SymbolModel | int, streams: _Streams
-) -> tuple[int, int]:
-    """Add the streams of one split and return the chunk's kind and parameter."""
+) -> tuple[int, int] | None:
+    """Add the streams of one split; return the chunk's kind and parameter, or None if exceptions are too many."""
     if isinstance(split, int):
         streams.add_planes(planes.difference(words, cols, split), words.itemsize)
         return PLANES, split
@@ -106,6 +107,8 @@ def _encode_split(
         coded, low, escapes = fields.split_nibbles(words, split)
         streams.add(split)
         kind, parameter = NIBBLES, 0
+    if escapes.high.size * _ESCAPE_EVERY > words.size:
+        return None
     streams.add(np.frombuffer(struct.pack("<I", escapes.high.size), np.uint8))
     streams.add(fields.pack_escapes(escapes))
     streams.add(coded)
@@ -143,8 +146,9 @@ def encode(words: Words, cols: int, exponent_bits: int, profile: choose.Profile)
         streams = _Streams(profile.levels, recurring)
         if repeated is not None:
             streams.add_planes(repeated[1].astype(np.uint32), 4)
-        kind, parameter = _encode_split(inner, cols, plan.split, streams)
-        best = min(best, _assemble(kind, parameter, cols, unique, streams.coded), key=_size)
+        made = _encode_split(inner, cols, plan.split, streams)
+        if made is not None:
+            best = min(best, _assemble(*made, cols, unique, streams.coded), key=_size)
     return best
 
 
@@ -192,7 +196,7 @@ def _decode_planes(source: _Planes, parameter: int, cols: int, out: Words) -> No
 
 def _take_escapes(source: _Planes, words: int) -> fields.Escapes:
     count = source.take_number()
-    if count > words:
+    if count * _ESCAPE_EVERY > words:
         raise CorruptError(f"a chunk of {words} words lists {count} exceptions")
     return fields.unpack_escapes(source.take(5 * count), words)
 

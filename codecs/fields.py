@@ -281,9 +281,7 @@ def split_symbols(words: Words, model: SymbolModel) -> tuple[Bytes, Bytes, Escap
             _pack_pairs(e, count, cols, low[row // 2 * cols : row // 2 * cols + even // 2])
         elif low.size:
             np.copyto(low[row * cols : row * cols + size], x, casting="unsafe")
-        np.copyto(
-            tiled[:, row : row + count], y2.reshape(count, -1, model.tile).transpose(1, 0, 2), casting="unsafe"
-        )
+        np.copyto(tiled[:, row : row + count], y2.reshape(count, -1, model.tile).transpose(1, 0, 2), casting="unsafe")
     return symbols, low, _gather(positions, high)
 
 

@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
 
 import numpy as np
 import xxhash
 
 from jaxquant.codecs import chunks, dtypes, layout, sources
-from jaxquant.codecs.errors import CorruptError, LimitError
+from jaxquant.codecs.errors import CorruptError
 
 
 def run(tasks: Iterable[Callable[[], object]], threads: int) -> None:
@@ -46,9 +45,7 @@ class Reader:
         metadata: the user's strings.
     """
 
-    def __init__(
-        self, source: sources.Source, *, size: int | None = None, limits: layout.Limits | None = None
-    ) -> None:
+    def __init__(self, source: sources.Source, *, size: int | None = None, limits: layout.Limits | None = None) -> None:
         self.limits = limits or layout.Limits()
         self._source = sources.resolve(source, size)
         try:
@@ -151,9 +148,7 @@ class Reader:
         run(self._pieces(tensor, ranges), threads)
         return out
 
-    def _pieces(
-        self, tensor: layout.Tensor, ranges: list[tuple[int, np.ndarray]]
-    ) -> Iterator[Callable[[], object]]:
+    def _pieces(self, tensor: layout.Tensor, ranges: list[tuple[int, np.ndarray]]) -> Iterator[Callable[[], object]]:
         """Yield one task for each chunk that a range of rows touches."""
         if not ranges:
             return
@@ -202,7 +197,7 @@ class Reader:
         """Release the source; what was read stays valid."""
         self._source.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Reader":
         return self
 
     def __exit__(

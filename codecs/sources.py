@@ -5,7 +5,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
-from typing import BinaryIO, cast
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,14 +13,33 @@ from jaxquant.codecs.errors import CorruptError
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap | np.ndarray
 Ranged = Callable[[int, int], Buffer]
-Source = Buffer | str | os.PathLike[str] | BinaryIO | Ranged
+
+
+@runtime_checkable
+class Seekable(Protocol):
+    """A binary file object that can be read at any place."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Go to a place and return it."""
+        ...
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return up to `size` bytes."""
+        ...
+
+
+Source = Buffer | str | os.PathLike[str] | Seekable | Ranged
+
+
+def _bytes(data: Buffer) -> memoryview:
+    return memoryview(data).cast("B")  # pyright: ignore[reportArgumentType]
 
 
 class Bytes:
     """A buffer in memory; ranges are views of it."""
 
     def __init__(self, data: Buffer) -> None:
-        self._view = memoryview(data).cast("B")
+        self._view = _bytes(data)
         self.size = self._view.nbytes
 
     def read(self, offset: int, length: int) -> memoryview:
@@ -59,12 +78,12 @@ class Ranges:
 
     def read(self, offset: int, length: int) -> memoryview:
         """Return `length` bytes from `offset`."""
-        got = memoryview(self._read(offset, length)).cast("B")
+        got = _bytes(self._read(offset, length))
         if got.nbytes == length:
             return got
         whole = bytearray(got[:length])
         while len(whole) < length:
-            more = memoryview(self._read(offset + len(whole), length - len(whole))).cast("B")
+            more = _bytes(self._read(offset + len(whole), length - len(whole)))
             if not more.nbytes:
                 raise CorruptError(f"the file ends at {offset + len(whole)}, before {offset + length}")
             whole += more[: length - len(whole)]
@@ -74,7 +93,7 @@ class Ranges:
         """Leave the callable to its owner."""
 
 
-def from_file(file: BinaryIO) -> Ranges:
+def from_file(file: Seekable) -> Ranges:
     """Read ranges of a seekable file object, one at a time."""
     lock = threading.Lock()
 
@@ -90,7 +109,7 @@ def resolve(source: Source, size: int | None) -> Bytes | Ranges:
     """Return a uniform view of any source.
 
     Raises:
-        TypeError: the source is none of the kinds, or a callable without `size`.
+        TypeError: a callable without `size`.
     """
     if isinstance(source, str | os.PathLike):
         return Mapped(source)
@@ -98,9 +117,6 @@ def resolve(source: Source, size: int | None) -> Bytes | Ranges:
         if size is None:
             raise TypeError("a callable source needs size=, the length of the file in bytes")
         return Ranges(source, size)
-    if hasattr(source, "seek") and hasattr(source, "read") and not isinstance(source, mmap.mmap):
-        return from_file(cast(BinaryIO, source))
-    try:
-        return Bytes(cast(Buffer, source))
-    except TypeError:
-        raise TypeError(f"a source is a buffer, a path, a file object or a callable, not {type(source)}") from None
+    if isinstance(source, bytes | bytearray | memoryview | mmap.mmap | np.ndarray):
+        return Bytes(source)
+    return from_file(source)

@@ -20,9 +20,10 @@ class _Parts:
     """A file object that keeps what it is given, to be joined once."""
 
     def __init__(self) -> None:
-        self.parts: list[bytes | memoryview] = []
+        self.parts: list[memoryview] = []
 
-    def write(self, data: memoryview) -> int:
+    def write(self, data: memoryview, /) -> int:
+        """Keep the bytes, which the caller leaves alone from now on."""
         self.parts.append(data)
         return data.nbytes
 
@@ -65,7 +66,7 @@ def encode(
     """
     named = tensors if isinstance(tensors, Mapping) else {"": tensors}
     file = _Parts()
-    writer = Writer(file, profile=profile, chunk=chunk, threads=threads, metadata=dict(metadata or {}))  # pyright: ignore[reportArgumentType]
+    writer = Writer(file, profile=profile, chunk=chunk, threads=threads, metadata=dict(metadata or {}))
     try:
         for name, values in named.items():
             place = axis.get(name, 0) if isinstance(axis, Mapping) else axis

@@ -6,12 +6,13 @@ one. Appending never touches committed bytes: the header is told of the longer f
 
 import collections
 import contextlib
+import itertools
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import BinaryIO, Self, cast
+from typing import BinaryIO, Protocol, cast, runtime_checkable
 
 import numpy as np
 import xxhash
@@ -22,6 +23,22 @@ from jaxquant.codecs.reader import Reader
 
 CHUNK = 1 << 21  # bytes
 Path = str | os.PathLike[str]
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """What a stream is written to: a file object, a socket's file, the end of a pipe."""
+
+    def write(self, data: memoryview, /) -> int | None:
+        """Take all bytes or tell how many."""
+        ...
+
+    def flush(self) -> None:
+        """Pass on what is held back."""
+        ...
+
+
+Task = Callable[[], tuple[int, list[Buffer], int]]  # rows, stored bytes, checksum
 _MIN_COLS, _MAX_COLS = 32, 8192
 
 
@@ -74,7 +91,7 @@ class Writer:
 
     def __init__(
         self,
-        file: Path | BinaryIO,
+        file: Path | Sink,
         *,
         profile: str = "balanced",
         chunk: int = CHUNK,
@@ -95,18 +112,20 @@ class Writer:
         self._part: str | None = None
         self._kept: int | None = None
         self._at = 0
+        self._sink: Sink
+        self._disk: BinaryIO | None = None
         if append:
-            self._file = self._open_to_append(file)
+            self._disk = self._sink = self._open_to_append(file)
         elif isinstance(file, str | os.PathLike):
             self._final = file
             self._part = f"{os.fspath(file)}.{os.getpid()}-{secrets.token_hex(4)}.part"
-            self._file = cast(BinaryIO, open(self._part, "xb"))  # noqa: SIM115
+            self._disk = self._sink = cast(BinaryIO, open(self._part, "xb"))
         else:
-            self._file = file
+            self._sink = file
         if not append:
             self._write(layout.header())
 
-    def _open_to_append(self, file: Path | BinaryIO) -> BinaryIO:
+    def _open_to_append(self, file: Path | Sink) -> BinaryIO:
         if not isinstance(file, str | os.PathLike):
             raise ValueError("append=True needs a path")
         with Reader(file, limits=layout.Limits(total_bytes=1 << 62)) as reader:
@@ -114,9 +133,8 @@ class Writer:
             self._tensors = dict(reader.tensors)
             self.metadata = {**reader.metadata, **self.metadata}
         for name, tensor in self._tensors.items():
-            fields = ("offset", "rows", "length", "checksum")
-            self._records[name] = [tuple(int(record[field]) for field in fields) for record in tensor.chunks]  # pyright: ignore[reportAttributeAccessIssue]
-        opened = cast(BinaryIO, open(file, "r+b"))  # noqa: SIM115
+            self._records[name] = [record.item() for record in tensor.chunks]
+        opened = cast(BinaryIO, open(file, "r+b"))
         try:
             self._commit(opened, self._kept)
             opened.truncate(self._kept)
@@ -140,7 +158,7 @@ class Writer:
         view = memoryview(data)
         self._at += view.nbytes
         while view.nbytes:
-            written = self._file.write(view)
+            written = self._sink.write(view)
             view = view[view.nbytes if written is None else written :]
 
     def add(
@@ -205,19 +223,17 @@ class Writer:
         self._records[tensor.name] = []
 
     def _extend(self, name: str, first: np.ndarray, rest: Iterable[np.ndarray]) -> None:
-        """Join small arrays until a chunk is full."""
+        """Join small arrays until they fill a chunk."""
         held: list[np.ndarray] = []
-        for array in (first, *[]):
-            held.append(np.asarray(array))
-        self._check_piece(name, held[0])
-        for array in rest:
+        for array in itertools.chain([first], rest):
             piece = np.asarray(array)
             self._check_piece(name, piece)
             if sum(part.nbytes for part in held) >= self._chunk:
                 self._flush_pieces(name, held)
                 held = []
             held.append(piece)
-        self._flush_pieces(name, held)
+        if held:
+            self._flush_pieces(name, held)
 
     def _check_piece(self, name: str, piece: np.ndarray) -> None:
         tensor = self._tensors[name]
@@ -247,14 +263,15 @@ class Writer:
         elif rows > 64:
             rows -= rows % 64
         total = words.size // row_words
+        group = tokens if rows <= tokens else total  # rows that a chunk must not reach beyond
         cuts = [
-            (start, min(start + rows, group + tokens if rows <= tokens else total, total))
-            for group in range(0, total, tokens if rows <= tokens else total)
-            for start in range(group, min(total, group + tokens if rows <= tokens else total), rows)
+            (start, min(start + rows, first + group))
+            for first in range(0, total, group)
+            for start in range(first, first + group, rows)
         ]
         cols = _columns(tensor.shape[tensor.axis + 1 :], number.itemsize // number.word)
 
-        def encode(start: int, stop: int) -> Callable[[], tuple[int, list[Buffer], int]]:
+        def encode(start: int, stop: int) -> Task:
             part = words[start * row_words : stop * row_words]
 
             def task() -> tuple[int, list[Buffer], int]:
@@ -268,11 +285,11 @@ class Writer:
 
         tasks = [encode(start, stop) for start, stop in cuts]
         for count, parts, checksum in self._in_order(tasks):
-            self._records[tensor.name].append((self._at, count, sum(len(part) for part in parts), checksum))
+            self._records[tensor.name].append((self._at, checksum, count, sum(len(part) for part in parts)))
             for part in parts:
                 self._write(part)
 
-    def _in_order(self, tasks: list[Callable[[], tuple[int, list[Buffer], int]]]):  # noqa: ANN202
+    def _in_order(self, tasks: list[Task]) -> Iterator[tuple[int, list[Buffer], int]]:
         if self._threads == 1 or len(tasks) == 1:
             for task in tasks:
                 yield task()
@@ -289,20 +306,18 @@ class Writer:
     def close(self) -> None:
         """Write the index and make the file valid: flush, sync, and move or commit it where it is a path."""
         for name, tensor in self._tensors.items():
-            records = [(offset, checksum, rows, size) for offset, rows, size, checksum in self._records[name]]
-            self._tensors[name] = layout.Tensor(
-                name, tensor.dtype, tensor.shape, tensor.axis, np.array(records, layout.CHUNK)
-            )
+            records = np.array(self._records[name], layout.CHUNK)
+            self._tensors[name] = layout.Tensor(name, tensor.dtype, tensor.shape, tensor.axis, records)
         index, offset = layout.index(list(self._tensors.values()), self.metadata), self._at
         self._write(index)
         self._write(layout.footer(index, offset))
-        self._file.flush()
-        if self._kept is not None:
-            self._commit(self._file, self._at)
-            self._file.close()
-        elif self._part is not None and self._final is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
+        self._sink.flush()
+        if self._disk is not None:
+            if self._kept is not None:
+                self._commit(self._disk, self._at)
+            os.fsync(self._disk.fileno())
+            self._disk.close()
+        if self._part is not None and self._final is not None:
             os.replace(self._part, self._final)
             _sync_folder(os.path.dirname(os.path.abspath(self._final)))
         self._stop()
@@ -310,11 +325,11 @@ class Writer:
     def abort(self) -> None:
         """Give up: a path keeps what it held before; a stream is left without its index, which no reader accepts."""
         self._stop()
-        if self._kept is not None:
-            self._file.truncate(self._kept)
-            self._file.close()
-        elif self._part is not None:
-            self._file.close()
+        if self._disk is not None:
+            if self._kept is not None:
+                self._disk.truncate(self._kept)
+            self._disk.close()
+        if self._part is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._part)
 
@@ -323,7 +338,7 @@ class Writer:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Writer":
         return self
 
     def __exit__(

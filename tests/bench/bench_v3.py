@@ -45,7 +45,9 @@ def _v3(profile: str) -> Codec:
 def _zipnn() -> Codec:
     module = importlib.import_module("zipnn")
     formats = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
-    held = {name: module.ZipNN(input_format="byte", bytearray_dtype=value, threads=1) for name, value in formats.items()}
+    held = {
+        name: module.ZipNN(input_format="byte", bytearray_dtype=value, threads=1) for name, value in formats.items()
+    }
     return Codec(
         lambda x: bytes(held[x.dtype.name].compress(bytearray(x.view(np.uint8)))),
         lambda z, x: held[x.dtype.name].decompress(z),
@@ -253,7 +255,10 @@ def main() -> None:
         shape = f"{len(pieces)} x {pieces[0].shape} {pieces[0].dtype}"
         print(f"\n{name}: {shape}\n{'':38}" + "".join(f"{column:>17}" for column in columns))
         for codec, row in sorted(rows.items(), key=lambda item: item[1]["ratio"]):
-            cells = [f"{row[column]:17.{4 if column == 'ratio' else 2}f}" if column in row else " " * 17 for column in columns]
+            cells = [
+                f"{row[column]:17.{4 if column == 'ratio' else 2}f}" if column in row else " " * 17
+                for column in columns
+            ]
             print(f"{codec:38}" + "".join(cells), flush=True)
     if args.json:
         with open(args.json, "w") as file:
