@@ -184,6 +184,8 @@ def _parse_tensor(cursor: _Cursor) -> Tensor:
 
 
 def _check_chunks(tensor: Tensor) -> None:
+    if math.prod(max(size, 1) for size in tensor.shape) * dtypes.FORMATS[tensor.dtype].itemsize >= 1 << 63:
+        raise CorruptError(f"tensor {tensor.name!r} has the impossible shape {tensor.shape}")
     rows = tensor.chunks["rows"]
     expected = tensor.rows if tensor.row_bytes else 0
     if int(rows.sum(dtype=np.uint64)) != expected or (rows.size and not rows.all()):

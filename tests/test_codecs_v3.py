@@ -75,7 +75,7 @@ def tensors(draw) -> np.ndarray:
     return values
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=120)
 @given(
     tensors(),
     st.sampled_from(["fast", "balanced", "small"]),
@@ -84,8 +84,7 @@ def tensors(draw) -> np.ndarray:
 )
 def test_round_trip(values: np.ndarray, profile: str, chunk: int, data: st.DataObject):
     axis = data.draw(st.integers(0, max(0, values.ndim - 1)))
-    if values.size > 5000:
-        chunk = max(chunk, 1000)
+    chunk = max(chunk, values.nbytes // 50)
     coded = v3.encode(values, profile=profile, chunk=chunk, axis=axis)
     assert same(only(v3.decode(coded)), values)
     tokens = values.shape[axis] if values.ndim else 1
@@ -138,15 +137,45 @@ def test_each_kind_is_chosen_and_exact(name: str):
     assert tuple(coded[layout.HEADER_BYTES :][:2]) == (kind, parameter)
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(512, 64), (511, 64), (33, 96), (4097, 32), (64, 37), (65, 35)])
+@pytest.mark.parametrize(("rows", "cols"), [(511, 64), (33, 96), (2049, 32)])
 @pytest.mark.parametrize("dtype", [BF16, np.dtype("f4")])
-def test_nibbles_keep_escapes_and_odd_shapes(rows: int, cols: int, dtype: np.dtype):
+def test_nibbles_keep_escapes_and_odd_rows(rows: int, cols: int, dtype: np.dtype):
     values = gaussian((rows, cols), dtype)
     values[::50, ::3] = np.array(0, dtype)
     values[7, 1], values[8, 2], values[-1, -1] = np.nan, np.inf, -1e-30
     coded = v3.encode(values, profile="fast")
     assert coded[layout.HEADER_BYTES] == chunks.NIBBLES
     assert same(only(v3.decode(coded)), values)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([4, 8]),
+    st.integers(0, 2**32 - 1),
+)
+def test_splits_are_exact_for_any_bits_and_any_model(rows: int, cols: int, itemsize: int, shift: int, seed: int):
+    rng = np.random.default_rng(seed)
+    words = rng.integers(0, 256, rows * cols * itemsize, dtype=np.uint8).view(f"u{itemsize}")
+    low = np.zeros_like(words) if itemsize == 2 else words & words.dtype.type((1 << (8 * itemsize - 16)) - 1)
+    base = rng.integers(0, 256, cols, dtype=np.uint8)
+    out = low.copy()
+    fields.merge_nibbles(*_three(fields.split_nibbles(words, base), base, words.size), out)
+    assert np.array_equal(out, words)
+    tile = next(tile for tile in (8, 4, 2, 1) if cols % tile == 0)
+    against = rng.choice(np.array([0, 0x8000], np.uint16), cols)
+    bases = rng.integers(0, 1 << (16 - shift), cols).astype(np.uint16)
+    model = fields.SymbolModel(shift, bases, against, tile)
+    out = low.copy()
+    fields.merge_symbols(*_three(fields.split_symbols(words, model), model, words.size), out)
+    assert np.array_equal(out, words)
+
+
+def _three(split: tuple, model: object, words: int) -> tuple:
+    coded, low, escapes = split
+    return coded, low, model, fields.unpack_escapes(fields.pack_escapes(escapes), words)
 
 
 def test_signs_follow_the_previous_token_or_the_channel():
@@ -406,12 +435,12 @@ def test_kill_leaves_the_old_file_or_the_new(tmp_path: Path, append: bool):
 
 def small_files() -> dict[str, bytes]:
     rng = np.random.default_rng(5)
-    repeated = gaussian((6, 32))[rng.integers(0, 6, 48)]
+    repeated = gaussian((6, 32))[rng.integers(0, 6, 32)]
     return {
-        "nibbles": v3.encode(gaussian((48, 32)), profile="fast"),
-        "symbols": v3.encode(gaussian((48, 32)), profile="balanced"),
-        "f16": v3.encode(gaussian((48, 32), np.dtype("f2"))),
-        "planes": v3.encode(np.arange(700, dtype=np.int32) * 3),
+        "nibbles": v3.encode(gaussian((16, 32)), profile="fast"),
+        "symbols": v3.encode(gaussian((16, 32)), profile="balanced"),
+        "f16": v3.encode(gaussian((16, 32), np.dtype("f2"))),
+        "planes": v3.encode(np.arange(300, dtype=np.int32) * 3),
         "repeated": v3.encode(repeated),
         "several": v3.encode(
             {"a": np.zeros((9, 9)), "b": rng.integers(0, 255, 50, dtype=np.uint8)}, metadata={"k": "v"}
@@ -502,6 +531,8 @@ def test_claims_are_checked_before_allocation():
         v3.decode(claim((1 << 30,), []))
     with pytest.raises(CorruptError, match="claims more than"):
         v3.decode(claim((1 << 30,), [(24, 0, 1 << 30, 0)]))
+    with pytest.raises(CorruptError, match="impossible shape"):
+        v3.decode(claim((0, 1 << 62), []))
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     assert time.perf_counter() - start < 2
     tracemalloc.stop()
