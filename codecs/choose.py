@@ -3,6 +3,7 @@
 Nothing here is needed to decode: a chunk says how it was made.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ class Profile:
 
     Attributes:
         levels: zstd levels to judge on a probe of each plane; 0 is bare Huffman.
+        context: how far symbols go: 0 for the channel alone, 1 for the previous token's sign as well, 2 for sorted
+            channels as well.
         symbols: whether 8-bit symbols may be chosen where 4-bit exponents would do.
         trials: how many of the best estimates are encoded in full (one more where values recur, as matches are
             hard to foresee); the smallest result is kept.
@@ -28,13 +31,14 @@ class Profile:
 
     levels: tuple[int, ...]
     symbols: bool
+    context: int
     trials: int
 
 
 PROFILES = {
-    "fast": Profile(levels=(0, 1), symbols=False, trials=1),
-    "balanced": Profile(levels=(0, 3), symbols=True, trials=1),
-    "small": Profile(levels=(0, 3, 9), symbols=True, trials=3),
+    "fast": Profile(levels=(0, 1), symbols=False, context=0, trials=1),
+    "balanced": Profile(levels=(0, 3), symbols=True, context=1, trials=1),
+    "small": Profile(levels=(0, 3, 19), symbols=True, context=2, trials=3),
 }
 
 
@@ -109,7 +113,14 @@ def _nibbles(sample: _Sample, itemsize: int) -> Plan:
     return Plan(8 * itemsize - 8 + entropy + HUFFMAN_LOSS / 2 + lost * ESCAPE_BITS, base)
 
 
-def _symbols(sample: _Sample, rows: int, itemsize: int) -> Plan:
+def _tiled_entropy(symbols: np.ndarray, tile: int) -> float:
+    """Return the entropy of symbols given the tile of columns they are in."""
+    cols = symbols.shape[1]
+    index = np.arange(cols, dtype=np.uint32) // tile
+    return coders.entropy(symbols + index * 256) - math.log2(cols // tile)
+
+
+def _symbols(sample: _Sample, rows: int, itemsize: int, context: int) -> list[Plan]:
     shift = 8 if sample.exponent_bits + 8 < 16 and sample.exponent_bits != 8 else 4
     kept = 15 - shift - sample.exponent_bits  # mantissa bits inside the symbol's magnitude
     width = min(1 << (7 - kept), 96)
@@ -120,22 +131,23 @@ def _symbols(sample: _Sample, rows: int, itemsize: int) -> Plan:
     before = sample.before()
     usual = (sample.halves >> 15).mean(axis=0, dtype=np.float32)
     flips = ((sample.halves ^ before) >> 15).mean(axis=0, dtype=np.float32)
-    previous = _binary_entropy(flips) < _binary_entropy(usual) - 0.05
+    doubt = np.stack([_binary_entropy(usual), _binary_entropy(flips) + 0.05])  # about the sign, in bits
+    previous = (doubt[1] < doubt[0]) & (context > 0)
     negative = np.where(previous, flips, usual) > 0.5
     base = ((magnitude + (negative.astype(np.int32) << (15 - shift))) & (0xFFFF >> shift)).astype(np.uint16)
     against = np.where(previous, fields.SIGN, np.uint16(0)).astype(np.uint16)
     coded = ((sample.halves ^ (before & against))[sample.few] >> shift) - base
     symbols = (coded & 0x7F) | ((coded >> (8 - shift)) & 0x80) if shift == 4 else coded & 0xFF
-    entropy, cols, tile = coders.entropy(symbols), symbols.shape[1], symbols.shape[1]
-    for narrow in (32, 64, 128, 256):
-        if narrow < cols and cols % narrow == 0 and rows * narrow >= 1 << 16:
-            index = np.arange(cols, dtype=np.uint16) // narrow
-            tiled = coders.entropy(symbols + index * 256) - np.log2(cols // narrow)
-            if tiled < entropy - 0.02:
-                entropy, tile = tiled, narrow
-            break
-    bits = 8 * itemsize - (16 - shift) + entropy + HUFFMAN_LOSS + lost * ESCAPE_BITS
-    return Plan(bits, fields.SymbolModel(shift, base, against, tile))
+    entropy, cols, order = coders.entropy(symbols), symbols.shape[1], None
+    tile = next((narrow for narrow in (32, 64, 128, 256) if cols % narrow == 0 and rows * narrow >= 1 << 16), cols)
+    laid = [(entropy, cols, order)]
+    if tile < cols and context:
+        laid = [min((entropy, cols, order), (_tiled_entropy(symbols, tile) + 0.02, tile, order))]
+        if context > 1 and cols <= 1 << 16:
+            alike = np.lexsort((sample.typical, doubt.min(axis=0)))
+            laid.append((_tiled_entropy(symbols[:, alike], tile) + 0.02, tile, alike))
+    fixed = 8 * itemsize - (16 - shift) + HUFFMAN_LOSS + lost * ESCAPE_BITS
+    return [Plan(fixed + bits, fields.SymbolModel(shift, base, against, tile, order)) for bits, tile, order in laid]
 
 
 def _plane_bits(words: Words, repeats: bool, level: int) -> float:
@@ -173,7 +185,7 @@ def recurring(words: Words, cols: int) -> bool:
     wide = wide[:, :: max(1, wide.shape[1] // 4)][:, :4]
     middle = rows // 2
     columns = np.sort(np.concatenate([wide[:middle][-192:], wide[middle :: max(1, rows // 128)]]), axis=0)
-    return bool(np.count_nonzero(columns[1:] == columns[:-1]) > 0.02 * columns.size)
+    return bool(np.count_nonzero(columns[1:] == columns[:-1]) > 0.004 * columns.size)
 
 
 def plans(words: Words, cols: int, exponent_bits: int, repeats: bool, profile: Profile) -> list[Plan]:
@@ -193,7 +205,7 @@ def plans(words: Words, cols: int, exponent_bits: int, repeats: bool, profile: P
         if exponent_bits == 8 and words.itemsize > 1:
             found.append(_nibbles(sample, words.itemsize))
         if profile.symbols or not found:
-            found.append(_symbols(sample, rows, words.itemsize))
+            found += _symbols(sample, rows, words.itemsize, profile.context)
         if not repeats and not sample.smooth():
             return sorted(found, key=lambda plan: plan.bits)[: profile.trials]
     found += _planes(words, cols, exponent_bits, repeats or not exponent_bits, profile.levels[1])

@@ -14,6 +14,7 @@ from jaxquant.codecs.errors import CorruptError, UnsupportedError
 from jaxquant.codecs.planes import Words
 
 RAW, CONSTANT, PLANES, NIBBLES, SYMBOLS = range(5)
+SORTED = 16  # flag of symbols: columns are permuted
 
 HEAD = struct.Struct("<BBBBII")  # kind, parameter, streams, reserved, columns, unique rows
 STREAM = struct.Struct("<BI")  # coder, stored bytes
@@ -103,6 +104,9 @@ def _encode_split(
         streams.add_planes(model, 2)
         streams.add(np.frombuffer(struct.pack("<I", split.tile), np.uint8))
         kind, parameter = SYMBOLS, split.shift
+        if split.order is not None:
+            parameter |= SORTED
+            streams.add_planes(split.order.astype(np.uint16), 2)
     else:
         coded, low, escapes = fields.split_nibbles(words, split)
         streams.add(split)
@@ -212,18 +216,27 @@ def _decode_nibbles(source: _Planes, parameter: int, cols: int, out: Words) -> N
 
 
 def _decode_symbols(source: _Planes, parameter: int, cols: int, out: Words) -> None:
-    if parameter not in (4, 8) or (parameter == 4 and out.itemsize == 1):
-        raise CorruptError(f"symbols with a shift of {parameter} in words of {out.itemsize} bytes")
+    shift = parameter & ~SORTED
+    if shift not in (4, 8) or (shift == 4 and out.itemsize == 1):
+        raise CorruptError(f"symbols with the parameter {parameter} in words of {out.itemsize} bytes")
     rows = out.size // cols
     packed = np.empty(cols, np.uint16)
     source.take_words(packed, 2)
     tile = source.take_number()
     if not tile or cols % tile:
         raise CorruptError(f"tiles of {tile} columns do not fit {cols}")
-    model = fields.SymbolModel(parameter, packed & 0x3FFF, (packed & 0x4000) << 1, tile)
-    escapes = _take_escapes(source, out.size if parameter == 4 else 0)
+    order = None
+    if parameter & SORTED:
+        listed = np.empty(cols, np.uint16)
+        source.take_words(listed, 2)
+        order = listed.astype(np.intp)
+        if cols > 1 << 16 or not np.array_equal(np.sort(order), np.arange(cols)):
+            raise CorruptError("the order of columns is not a permutation")
+    against = (packed & np.uint16(0x4000)) << np.uint16(1)
+    model = fields.SymbolModel(shift, packed & np.uint16(0x3FFF), against, tile, order)
+    escapes = _take_escapes(source, out.size if shift == 4 else 0)
     coded = source.take(out.size)
-    low = source.take((rows + 1) // 2 * cols if parameter == 4 else out.size * (out.itemsize > 1))
+    low = source.take((rows + 1) // 2 * cols if shift == 4 else out.size * (out.itemsize > 1))
     source.take_words(out, max(0, out.itemsize - 2))
     fields.merge_symbols(coded, low, model, escapes, out)
 

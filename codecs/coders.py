@@ -22,6 +22,7 @@ Buffer = bytes | memoryview | Bytes
 
 _PROBE = 1 << 15
 _GLANCE = 1 << 12
+_SMALL = 32
 _HUFFMAN = zstandard.ZstdCompressionParameters(
     window_log=17, chain_log=6, hash_log=8, search_log=1, min_match=7, target_length=0, strategy=1
 )
@@ -75,7 +76,8 @@ def entropy_of(counts: np.ndarray) -> float:
 def probe(plane: Bytes) -> Bytes:
     """Return the middle of a plane, long enough to tell what compresses it."""
     middle = plane.size // 2
-    return plane[max(0, middle - _PROBE // 2) : middle + _PROBE // 2]
+    half = min(_PROBE, max(_GLANCE, plane.size // 32)) // 2
+    return plane[max(0, middle - half) : middle + half]
 
 
 def encode(plane: Bytes, levels: tuple[int, ...]) -> tuple[int, Buffer]:
@@ -88,16 +90,20 @@ def encode(plane: Bytes, levels: tuple[int, ...]) -> tuple[int, Buffer]:
     Returns:
         The coder's id and the coded bytes, which may be `plane` itself.
     """
-    if not plane.size:
+    if plane.size < _SMALL:
         return RAW, plane
     if plane[0] == plane[-1] and plane.max() == plane.min():
         return CONSTANT, plane[:1].tobytes()
+    if plane.size <= _GLANCE and len(levels) == 2:
+        levels = levels[1:]  # a second opinion costs more than it saves
     sample = probe(plane)
-    sizes = [len(compressed(sample, level)) for level in levels]
-    best = min(sizes)
-    if best > 0.985 * sample.size and plane.size > sample.size:
-        return RAW, plane
-    frame = compressed(plane, levels[sizes.index(best)])
+    tried = [compressed(sample, level) for level in levels]
+    smallest = min(len(frame) for frame in tried)
+    frame = next(frame for frame in tried if len(frame) <= 1.01 * smallest)  # the fastest that is as good
+    if sample.size < plane.size:
+        if len(frame) > 0.985 * sample.size:
+            return RAW, plane
+        frame = compressed(plane, levels[tried.index(frame)])
     return (ZSTD, frame) if len(frame) < plane.size else (RAW, plane)
 
 

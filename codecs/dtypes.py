@@ -1,5 +1,6 @@
 """The number formats a file can hold, by name, and how their bit patterns divide into words."""
 
+import functools
 import importlib
 from dataclasses import dataclass
 
@@ -50,6 +51,7 @@ _ML_DTYPES = (
 FORMATS = _NUMPY | _ML_DTYPES
 
 
+@functools.cache
 def name_of(dtype: np.dtype) -> str:
     """Return the name under which a dtype is stored.
 

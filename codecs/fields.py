@@ -186,13 +186,15 @@ class SymbolModel:
 
     `shift` low bits of the top half stay out (8 for float16 and 8-bit floats, 4 for the rest). `base` [cols] is
     subtracted from sign and magnitude above them; its top bit (of 16 - shift) flips the sign. `against_previous`
-    [cols] is 0x8000 where the sign is coded against the previous row's. `tile` divides cols.
+    [cols] is 0x8000 where the sign is coded against the previous row's. `tile` divides cols. `order` [cols], if there
+    is one, is the permutation in which columns are laid out, alike ones side by side.
     """
 
     shift: int
     base: Halves
     against_previous: Halves
     tile: int
+    order: NDArray[np.intp] | None = None
 
 
 def _flip_signs(x: Halves, previous: Halves, model: SymbolModel, out: Halves) -> Halves:
@@ -281,7 +283,8 @@ def split_symbols(words: Words, model: SymbolModel) -> tuple[Bytes, Bytes, Escap
             _pack_pairs(e, count, cols, low[row // 2 * cols : row // 2 * cols + even // 2])
         elif low.size:
             np.copyto(low[row * cols : row * cols + size], x, casting="unsafe")
-        np.copyto(tiled[:, row : row + count], y2.reshape(count, -1, model.tile).transpose(1, 0, 2), casting="unsafe")
+        laid = y2 if model.order is None else np.take(y2, model.order, axis=1)
+        np.copyto(tiled[:, row : row + count], laid.reshape(count, -1, model.tile).transpose(1, 0, 2), casting="unsafe")
     return symbols, low, _gather(positions, high)
 
 
@@ -292,6 +295,7 @@ def merge_symbols(symbols: Bytes, low: Bytes, model: SymbolModel, escapes: Escap
     tiled = symbols.reshape(cols // model.tile, rows, model.tile)
     flipping = bool(model.against_previous.any())
     carry = np.zeros(cols, np.uint16)
+    inverse = None if model.order is None else np.argsort(model.order)
     step = _block_rows(cols)
     cuts = np.searchsorted(escapes.positions, np.arange(0, rows + step, step) * cols)
     for block, row in enumerate(range(0, rows, step)):
@@ -301,6 +305,8 @@ def merge_symbols(symbols: Bytes, low: Bytes, model: SymbolModel, escapes: Escap
         v = scratch("v", size, np.uint16)
         y2 = y.reshape(count, cols)
         source = tiled[:, row : row + count].transpose(1, 0, 2)
+        if inverse is not None:
+            source = np.take(source.reshape(count, cols), inverse, axis=1).reshape(count, -1, model.tile)
         if paired:
             # a signed symbol widens to sign bits above bit 7, of which bit 11 is the one to keep
             np.copyto(y2.view(np.int16).reshape(count, -1, model.tile), source.view(np.int8))
