@@ -138,11 +138,12 @@ def _symbols(sample: _Sample, rows: int, itemsize: int, context: int) -> list[Pl
     against = np.where(previous, fields.SIGN, np.uint16(0)).astype(np.uint16)
     coded = ((sample.halves ^ (before & against))[sample.few] >> shift) - base
     symbols = (coded & 0x7F) | ((coded >> (8 - shift)) & 0x80) if shift == 4 else coded & 0xFF
-    entropy, cols, order = coders.entropy(symbols), symbols.shape[1], None
+    entropy, cols = coders.entropy(symbols), symbols.shape[1]
     tile = next((narrow for narrow in (32, 64, 128, 256) if cols % narrow == 0 and rows * narrow >= 1 << 16), cols)
-    laid = [(entropy, cols, order)]
+    laid: list[tuple[float, int, np.ndarray | None]] = [(entropy, cols, None)]
     if tile < cols and context:
-        laid = [min((entropy, cols, order), (_tiled_entropy(symbols, tile) + 0.02, tile, order))]
+        tiled = _tiled_entropy(symbols, tile) + 0.02
+        laid = [(tiled, tile, None) if tiled < entropy else (entropy, cols, None)]
         if context > 1 and cols <= 1 << 16:
             alike = np.lexsort((sample.typical, doubt.min(axis=0)))
             laid.append((_tiled_entropy(symbols[:, alike], tile) + 0.02, tile, alike))

@@ -100,7 +100,7 @@ def _encode_split(
         return PLANES, split
     if isinstance(split, fields.SymbolModel):
         coded, low, escapes = fields.split_symbols(words, split)
-        model = split.base | (split.against_previous >> 1)
+        model = split.base | (split.against_previous >> np.uint16(1))
         streams.add_planes(model, 2)
         streams.add(np.frombuffer(struct.pack("<I", split.tile), np.uint8))
         kind, parameter = SYMBOLS, split.shift

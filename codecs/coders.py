@@ -58,7 +58,7 @@ def _compressor(level: int) -> zstandard.ZstdCompressor:
 
 def compressed(plane: Bytes, level: int) -> bytes:
     """Compress to one zstd frame that states its content size."""
-    return _compressor(level).compress(plane)  # pyright: ignore[reportArgumentType]
+    return _compressor(level).compress(plane.data)
 
 
 def entropy(symbols: np.ndarray) -> float:
@@ -129,10 +129,10 @@ def _decode_constant(coded: Bytes, size: int) -> Bytes:
 
 def _decode_zstd(coded: Bytes, size: int) -> Bytes:
     try:  # the size that the frame claims decides the allocation, so it is checked first
-        claimed = zstandard.frame_content_size(coded)
+        claimed = zstandard.frame_content_size(coded.data)
         if claimed != size:
             raise CorruptError(f"a zstd plane claims {claimed} bytes where {size} belong")
-        plane = _thread.decompressor.decompress(coded, allow_extra_data=False)  # pyright: ignore[reportArgumentType]
+        plane = _thread.decompressor.decompress(coded.data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptError(f"a zstd plane does not decode: {error}") from None
     if len(plane) != size:

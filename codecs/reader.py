@@ -168,7 +168,7 @@ class Reader:
         record = tensor.chunks[index]
         rows = int(record["rows"])
         body = np.frombuffer(self._source.read(int(record["offset"]), int(record["length"])), np.uint8)
-        if xxhash.xxh3_64_intdigest(body) != int(record["checksum"]):
+        if xxhash.xxh3_64_intdigest(body.data) != int(record["checksum"]):
             raise CorruptError(f"the checksum of chunk {index} of tensor {tensor.name!r} differs")
         word = np.dtype(f"u{dtypes.FORMATS[tensor.dtype].word}")
         low, high, out = parts[0]

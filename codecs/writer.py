@@ -155,7 +155,7 @@ class Writer:
         os.fsync(file.fileno())
 
     def _write(self, data: Buffer) -> None:
-        view = memoryview(data)
+        view = memoryview(data)  # pyright: ignore[reportArgumentType]
         self._at += view.nbytes
         while view.nbytes:
             written = self._sink.write(view)
@@ -209,10 +209,10 @@ class Writer:
         """
         if self._tensors[name].axis or not self._tensors[name].shape:
             raise ValueError(f"tensor {name!r} has its tokens on axis {self._tensors[name].axis}, not on axis 0")
-        arrays = iter([values] if hasattr(values, "__array__") else values)
+        arrays = iter([np.asarray(values)] if hasattr(values, "__array__") else values)
         first = next(arrays, None)
         if first is not None:
-            self._extend(name, first, arrays)
+            self._extend(name, cast(np.ndarray, first), cast(Iterator[np.ndarray], arrays))
 
     def _start(self, tensor: layout.Tensor) -> None:
         if len(tensor.shape) > layout.MAX_DIMS:
@@ -278,7 +278,7 @@ class Writer:
                 parts = chunks.encode(part, _fit(cols, part.size), number.exponent_bits, self._profile)
                 state = xxhash.xxh3_64()
                 for piece in parts:
-                    state.update(piece)
+                    state.update(memoryview(piece))  # pyright: ignore[reportArgumentType]
                 return stop - start, parts, state.intdigest()
 
             return task

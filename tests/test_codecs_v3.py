@@ -167,7 +167,8 @@ def test_splits_are_exact_for_any_bits_and_any_model(rows: int, cols: int, items
     low = np.zeros_like(words) if itemsize == 2 else words & words.dtype.type((1 << (8 * itemsize - 16)) - 1)
     base = rng.integers(0, 256, cols, dtype=np.uint8)
     out = low.copy()
-    fields.merge_nibbles(*_three(fields.split_nibbles(words, base), base, words.size), out)
+    packed, noise, escapes = fields.split_nibbles(words, base)
+    fields.merge_nibbles(packed, noise, base, through_bytes(escapes, words.size), out)
     assert np.array_equal(out, words)
     tile = next(tile for tile in (8, 4, 2, 1) if cols % tile == 0)
     against = rng.choice(np.array([0, 0x8000], np.uint16), cols)
@@ -175,13 +176,13 @@ def test_splits_are_exact_for_any_bits_and_any_model(rows: int, cols: int, items
     order = rng.permutation(cols) if seed % 2 else None
     model = fields.SymbolModel(shift, bases, against, tile, order)
     out = low.copy()
-    fields.merge_symbols(*_three(fields.split_symbols(words, model), model, words.size), out)
+    symbols, bits, escapes = fields.split_symbols(words, model)
+    fields.merge_symbols(symbols, bits, model, through_bytes(escapes, words.size), out)
     assert np.array_equal(out, words)
 
 
-def _three(split: tuple, model: object, words: int) -> tuple:
-    coded, low, escapes = split
-    return coded, low, model, fields.unpack_escapes(fields.pack_escapes(escapes), words)
+def through_bytes(escapes: fields.Escapes, words: int) -> fields.Escapes:
+    return fields.unpack_escapes(fields.pack_escapes(escapes), words)
 
 
 def test_signs_follow_the_previous_token_or_the_channel():

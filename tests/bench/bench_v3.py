@@ -35,7 +35,11 @@ class Codec:
 
 def _zstd(level: int) -> Codec:
     encoder, decoder = zstandard.ZstdCompressor(level=level), zstandard.ZstdDecompressor()
-    return Codec(lambda x: encoder.compress(x.view(np.uint8)), lambda z, _: decoder.decompress(z), slow=level > 9)
+    return Codec(
+        lambda x: encoder.compress(x.reshape(-1).view(np.uint8).data),
+        lambda z, _: decoder.decompress(z),
+        slow=level > 9,
+    )
 
 
 def _v3(profile: str) -> Codec:
@@ -196,7 +200,7 @@ def generated(tokens: int = 4096, channels: int = 1024) -> dict[str, list[np.nda
     }
 
 
-def _timed(function: Callable[[], object]) -> tuple[object, float]:
+def _timed(function: Callable[[], list]) -> tuple[list, float]:
     start = time.process_time()
     result = function()
     return result, time.process_time() - start
