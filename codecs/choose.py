@@ -38,7 +38,7 @@ class Profile:
 PROFILES = {
     "fast": Profile(levels=(0, 1), symbols=False, context=0, trials=1),
     "balanced": Profile(levels=(0, 3), symbols=True, context=1, trials=1),
-    "small": Profile(levels=(0, 3, 19), symbols=True, context=2, trials=3),
+    "small": Profile(levels=(0, 3, 12), symbols=True, context=2, trials=3),
 }
 
 
