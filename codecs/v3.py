@@ -1,0 +1,133 @@
+"""QATC v3: named tensors of any number format in one file, smaller than raw, readable by ranges of tokens.
+
+The byte-level specification and its threat model are docs/qatc-v3.md.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxquant.codecs.errors import CorruptError
+from jaxquant.codecs.layout import Limits
+from jaxquant.codecs.reader import Reader
+from jaxquant.codecs.sources import Source
+from jaxquant.codecs.writer import CHUNK, Writer
+
+__all__ = ["Limits", "Reader", "Writer", "decode", "encode", "open"]
+
+
+class _Parts:
+    """A file object that keeps what it is given, to be joined once."""
+
+    def __init__(self) -> None:
+        self.parts: list[memoryview] = []
+
+    def write(self, data: memoryview, /) -> int:
+        """Keep the bytes, which the caller leaves alone from now on."""
+        self.parts.append(data)
+        return data.nbytes
+
+    def flush(self) -> None:
+        """Do nothing: it is all in memory."""
+
+
+def encode(
+    tensors: np.ndarray | Mapping[str, np.ndarray],
+    *,
+    profile: str = "balanced",
+    chunk: int = CHUNK,
+    threads: int = 1,
+    metadata: Mapping[str, str] | None = None,
+    axis: int | Mapping[str, int] = 0,
+) -> bytes:
+    """Encode one array, or several by name.
+
+    Args:
+        tensors: an array, or name to array.
+        profile: "fast" for transfer, "balanced", or "small" for archives.
+        chunk: bytes of values per chunk.
+        threads: chunks encoded at a time.
+        metadata: strings to store with the tensors.
+        axis: of the tokens, for all tensors or by name (0 where a name is missing).
+
+    Returns:
+        A whole file.
+
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: a dtype cannot be stored.
+
+    Example:
+        >>> import numpy as np
+        >>> tokens = np.linspace(0, 1, 4096, dtype=np.float32).reshape(128, 32)
+        >>> data = encode({"stack0/keys": tokens}, metadata={"step": "7"})
+        >>> bool((decode(data)["stack0/keys"] == tokens).all())
+        True
+    """
+    named = tensors if isinstance(tensors, Mapping) else {"": tensors}
+    file = _Parts()
+    writer = Writer(file, profile=profile, chunk=chunk, threads=threads, metadata=dict(metadata or {}))
+    try:
+        for name, values in named.items():
+            place = axis.get(name, 0) if isinstance(axis, Mapping) else axis
+            writer.add(name, np.asarray(values), axis=place)
+        writer.close()
+    except BaseException:
+        writer.abort()
+        raise
+    return b"".join(file.parts)
+
+
+def decode(
+    data: Source, *, limits: Limits | None = None, threads: int = 1, out: np.ndarray | None = None
+) -> np.ndarray | dict[str, np.ndarray]:
+    """Decode a whole file.
+
+    Args:
+        data: a buffer, a path, or a seekable file object.
+        limits: what the file may claim.
+        threads: chunks decoded at a time.
+        out: C-contiguous array to fill, if the file holds one tensor.
+
+    Returns:
+        The array if the file was made from one without a name, or `out`; else name to array.
+
+    Raises:
+        UnsupportedError: not QATC v3, or a dtype or transform that is unknown here.
+        CorruptError: the file contradicts itself or a checksum.
+        LimitError: it claims more than `limits` allow; nothing was allocated for it.
+
+    Example:
+        >>> import numpy as np
+        >>> decode(encode(np.arange(5, dtype=np.int8)))
+        array([0, 1, 2, 3, 4], dtype=int8)
+    """
+    with Reader(data, limits=limits) as reader:
+        if out is not None:
+            if len(reader.names) != 1:
+                raise CorruptError(f"out= takes one tensor, but the file holds {len(reader.names)}")
+            return reader.read(reader.names[0], out=out, threads=threads)
+        if reader.names == ("",):
+            return reader.read("", threads=threads)
+        return {name: reader.read(name, threads=threads) for name in reader.names}
+
+
+def open(source: Source, *, size: int | None = None, limits: Limits | None = None) -> Reader:  # noqa: A001
+    """Open a file to read parts of it; the same as `Reader`.
+
+    Args:
+        source: a buffer, a path (mapped into memory), a seekable file object, or a callable `read(offset, length)`.
+        size: bytes of the file, needed for a callable only.
+        limits: what the file may claim.
+
+    Returns:
+        A reader, which is a context manager.
+
+    Example:
+        >>> import numpy as np
+        >>> data = encode(np.arange(1000, dtype=np.uint16))
+        >>> fetched = lambda offset, length: data[offset : offset + length]
+        >>> open(fetched, size=len(data)).read("", 10, 13)
+        array([10, 11, 12], dtype=uint16)
+    """
+    return Reader(source, size=size, limits=limits)
