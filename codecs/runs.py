@@ -5,6 +5,7 @@ from token to token is a Python loop, over the few bytes that are tokens.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from jaxquant.codecs import errors
 
 ZERO, RAW, REPEAT = 0, 1, 2
 _BLOCK = 1 << 16
+_WINDOW = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,37 @@ class Runs:
         """Return the encoded size of these tokens in bytes."""
         literal = int(self.length[self.kind == RAW].sum())
         return grammar.header * self.kind.size + grammar.width * literal + int(np.count_nonzero(self.kind == REPEAT))
+
+
+def encode(source: np.ndarray, grammar: Grammar) -> bytes:
+    """Write bytes as QATQ's greedy encoder does."""
+    return b"".join(write(window, found, grammar) for window, found in _windows(source, grammar))
+
+
+def size(source: np.ndarray, grammar: Grammar) -> int:
+    """Return `len(encode(source, grammar))` without writing it."""
+    return sum(found.nbytes(grammar) for _, found in _windows(source, grammar))
+
+
+def at_least(source: np.ndarray) -> int:
+    """Return a cheap lower bound of `size`: the bytes that are not zero and unlike both neighbours."""
+    changes = source[1:] != source[:-1]
+    alone = source != 0
+    alone[1:] &= changes
+    alone[:-1] &= changes
+    return int(np.count_nonzero(alone))
+
+
+def _windows(source: np.ndarray, grammar: Grammar) -> Iterator[tuple[np.ndarray, Runs]]:
+    """Split a long source with bounded memory: only the last token of a window can depend on what follows it."""
+    first = 0
+    while first < source.size:
+        window = source[first : first + _WINDOW]
+        found = find(window, grammar)
+        if first + window.size < source.size:
+            found = Runs(kind=found.kind[:-1], start=found.start[:-1], length=found.length[:-1])
+        yield window, found
+        first += int(found.start[-1] + found.length[-1])
 
 
 def find(source: np.ndarray, grammar: Grammar) -> Runs:
