@@ -6,7 +6,7 @@ body cannot be the smallest unless nearly every prediction is right to the last 
 
 import numpy as np
 
-from jaxquant.codecs import fnv, payload, planes, runs, strategies, writers, zframes
+from jaxquant.codecs import bodies, byteplanes, fnv, payload, runs, strategies, zframes
 
 ORDER = {
     4: (
@@ -41,23 +41,23 @@ def choose(words: np.ndarray, stride: int = 0) -> tuple[int, bytes]:
     if words.size == 0:
         return strategies.RAW, b""
     zstd = {strategies.ZSTD, strategies.DIFFERENCE} if words.itemsize == 4 else {_zstd_of_16_bits(words, stride)}
-    bodies = {strategy: writers.body(words, strategy, stride=stride)[1] for strategy in zstd}
-    sizes = {strategies.RAW: words.nbytes} | {strategy: len(made) for strategy, made in bodies.items()}
-    rows = planes.split(words)
+    made = {strategy: bodies.body(words, strategy, stride=stride)[1] for strategy in zstd}
+    sizes = {strategies.RAW: words.nbytes} | {strategy: len(body) for strategy, body in made.items()}
+    rows = byteplanes.split(words)
     best = min(sizes.values())
-    candidates = [(strategies.RUNS, writers.swapped(words), runs.LONG)]
+    candidates = [(strategies.RUNS, bodies.swapped(words), runs.LONG)]
     candidates += [(strategies.PLANE_RUNS, rows.reshape(-1), runs.LONG)]
     candidates += [(strategies.PACKED, rows.reshape(-1), runs.PACKED)]
     if words.itemsize == 4:
-        sizes[strategies.BLOCKS] = sum((1, 1 + words.size, 2)[tag] for tag in writers.block_tags(rows))
-        delta = planes.split(planes.xor_previous(words)).reshape(-1)
+        sizes[strategies.BLOCKS] = sum((1, 1 + words.size, 2)[tag] for tag in bodies.block_tags(rows))
+        delta = byteplanes.split(byteplanes.xor_previous(words)).reshape(-1)
         candidates += [(strategies.DELTA_RUNS, delta, runs.LONG)]
     for strategy, source, grammar in candidates:
-        if runs.at_least(source) <= best:
+        if runs.at_least(source, grammar) <= best:
             sizes[strategy] = runs.size(source, grammar)
     order = ORDER[words.itemsize]
     chosen = min(sizes, key=lambda strategy: (sizes[strategy], order.index(strategy)))
-    return chosen, bodies.get(chosen) or writers.body(words, chosen)[1]
+    return chosen, made.get(chosen) or bodies.body(words, chosen)[1]
 
 
 def _zstd_of_16_bits(words: np.ndarray, stride: int) -> int:
@@ -82,13 +82,13 @@ def _sampled(size: int, most: int, first: int) -> np.ndarray:
 
 
 def _mostly_zero_after_xor(words: np.ndarray) -> bool:
-    residual = planes.xor_previous(words)
+    residual = byteplanes.xor_previous(words)
     sample = residual[_sampled(words.size, 4096, 0)]
     return _zero_octets(sample) > sample.nbytes // 2 and _zero_octets(residual) > words.size
 
 
 def _stride_pays(words: np.ndarray, stride: int) -> bool:
-    residual = planes.xor_previous(words, stride)
+    residual = byteplanes.xor_previous(words, stride)
     sample = residual[_sampled(words.size, 1024, stride)]
     zeros = _zero_octets(sample)
     if not (sample.size and sample.nbytes // 2 < zeros < sample.nbytes):
@@ -97,7 +97,7 @@ def _stride_pays(words: np.ndarray, stride: int) -> bool:
         return False
     size = min(words.size, 1024)
     index = np.arange(size) * words.size // size
-    plain, strided = (len(zframes.compress(planes.split(part[index]), 3)) for part in (words, residual))
+    plain, strided = (len(zframes.compress(byteplanes.split(part[index]), 3)) for part in (words, residual))
     return size >= 2 and 100 * strided <= 90 * plain
 
 

@@ -170,12 +170,12 @@ def _fill_lossy(payload: Payload, words: np.ndarray) -> None:
 
 def checksum(words: np.ndarray) -> int:
     """Hash words as the payload header does: f32 most significant byte first, 16-bit types as they lie in memory."""
-    if words.itemsize == 2:
-        return fnv.fnv1a(words)
-    state = fnv.OFFSET
-    for first in range(0, words.size, 1 << 17):
-        state = fnv.fnv1a(words[first : first + (1 << 17)].byteswap(), state)
-    return state
+    return fnv.fnv1a_words(words, swapped=words.itemsize == 4)
+
+
+def row_checksums(rows: np.ndarray) -> list[int]:
+    """Return `checksum` of every row of a matrix of words."""
+    return fnv.fnv1a_rows(rows, swapped=rows.itemsize == 4)
 
 
 def verify(payload: Payload, found: int) -> None:

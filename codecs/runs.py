@@ -56,13 +56,15 @@ def size(source: np.ndarray, grammar: Grammar) -> int:
     return sum(found.nbytes(grammar) for _, found in _windows(source, grammar))
 
 
-def at_least(source: np.ndarray) -> int:
-    """Return a cheap lower bound of `size`: the bytes that are not zero and unlike both neighbours."""
+def at_least(source: np.ndarray, grammar: Grammar) -> int:
+    """Return a cheap lower bound of `size`: bytes that must be literals, and headers that must stand before them."""
+    filled = source != 0
     changes = source[1:] != source[:-1]
-    alone = source != 0
+    alone = filled.copy()
     alone[1:] &= changes
     alone[:-1] &= changes
-    return int(np.count_nonzero(alone))
+    runs = int(np.count_nonzero(filled[:-1] & ~filled[1:])) + int(np.count_nonzero(alone[1:] & ~filled[:-1]))
+    return int(np.count_nonzero(alone)) + grammar.header * runs
 
 
 def _windows(source: np.ndarray, grammar: Grammar) -> Iterator[tuple[np.ndarray, Runs]]:
@@ -97,20 +99,20 @@ def find(source: np.ndarray, grammar: Grammar) -> Runs:
     rest = np.where(repeats, length % grammar.cap, 0)
     rest[rest >= grammar.threshold] = 0
     covered = np.where(zero | repeats, length - rest, 0)
-    literal_first = first + covered
-    literal_length = length - covered
-    # Literals that touch are one token: one starts where nothing literal ends, and ends where none goes on.
-    literal = literal_length > 0
-    joined = literal[:-1] & (covered[1:] == 0)
-    heads = np.flatnonzero(literal & ~np.append(False, joined))
-    tails = np.flatnonzero(literal & ~np.append(joined, False))
-    sums = np.append(0, np.cumsum(literal_length))
-    taken = covered > 0
-    kind = np.append(np.where(zero, ZERO, REPEAT)[taken], np.full(heads.size, RAW)).astype(np.uint8)
-    start = np.append(first[taken], literal_first[heads])
-    total = np.append(covered[taken], sums[tails + 1] - sums[heads])
-    order = np.argsort(start, kind="stable")
-    return _cap(kind[order], start[order], total[order], grammar.cap)
+    literal = length - covered
+    # Literals that touch are one token: it starts where none goes on, and ends where none follows.
+    joined = (literal[:-1] > 0) & (covered[1:] == 0)
+    heads = np.flatnonzero((literal > 0) & ~np.append(False, joined))
+    tails = np.flatnonzero((literal > 0) & ~np.append(joined, False))
+    sums = np.append(0, np.cumsum(literal))
+    # Every run gives at most one token of its own and the head of one literal after it, in this order.
+    kind = np.full((first.size, 2), RAW, np.uint8)
+    kind[:, 0] = np.where(zero, ZERO, REPEAT)
+    start = np.stack([first, first + covered], axis=1)
+    total = np.stack([covered, np.zeros_like(covered)], axis=1)
+    total[heads, 1] = sums[tails + 1] - sums[heads]
+    taken = total > 0
+    return _cap(kind[taken], start[taken], total[taken], grammar.cap)
 
 
 def _cap(kind: np.ndarray, start: np.ndarray, length: np.ndarray, cap: int) -> Runs:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxquant.codecs import errors, lossy, planes, runs, zframes
+from jaxquant.codecs import byteplanes, errors, lossy, runs, zframes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def _interleaved_runs(body: memoryview, words: np.ndarray, scale: np.float32, wh
 def _plane_runs(body: memoryview, words: np.ndarray, grammar: runs.Grammar, where: str) -> None:
     rows = np.empty((words.itemsize, words.size), np.uint8)
     runs.read(np.frombuffer(body, np.uint8), rows.reshape(-1), grammar, where)
-    planes.merge(list(rows), words)
+    byteplanes.merge(list(rows), words)
 
 
 def _long_runs(body: memoryview, words: np.ndarray, scale: np.float32, where: str) -> None:
@@ -70,7 +70,7 @@ def _packed_runs(body: memoryview, words: np.ndarray, scale: np.float32, where: 
 
 def _delta_runs(body: memoryview, words: np.ndarray, scale: np.float32, where: str) -> None:
     _plane_runs(body, words, runs.LONG, where)
-    planes.undo_xor(words)
+    byteplanes.undo_xor(words)
 
 
 def _blocks(body: memoryview, words: np.ndarray, scale: np.float32, where: str) -> None:
@@ -86,7 +86,7 @@ def _blocks(body: memoryview, words: np.ndarray, scale: np.float32, where: str) 
         position += 1 + size
     if position != len(body):
         raise errors.CorruptError(f"{where}, offset {position}: {len(body) - position} bytes after the last plane")
-    planes.merge(rows, words)
+    byteplanes.merge(rows, words)
 
 
 def _zstd(body: memoryview, words: np.ndarray, scale: np.float32, where: str) -> None:
@@ -94,17 +94,17 @@ def _zstd(body: memoryview, words: np.ndarray, scale: np.float32, where: str) ->
     if [piece.size for piece in pieces] != [words.size] * words.itemsize:
         whole = pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, np.empty(0, np.uint8)])
         pieces = list(whole.reshape(words.itemsize, words.size))
-    planes.merge(pieces, words)
+    byteplanes.merge(pieces, words)
 
 
 def _difference_zstd(body: memoryview, words: np.ndarray, scale: np.float32, where: str) -> None:
     _zstd(body, words, scale, where)
-    planes.undo_subtract(words)
+    byteplanes.undo_subtract(words)
 
 
 def _adjacent_zstd(body: memoryview, words: np.ndarray, scale: np.float32, where: str) -> None:
     _zstd(body, words, scale, where)
-    planes.undo_xor(words)
+    byteplanes.undo_xor(words)
 
 
 def _strided_zstd(body: memoryview, words: np.ndarray, scale: np.float32, where: str) -> None:
@@ -114,7 +114,7 @@ def _strided_zstd(body: memoryview, words: np.ndarray, scale: np.float32, where:
     if not 1 <= stride < words.size:
         raise errors.CorruptError(f"{where}: stride {stride} is outside 1 to {words.size - 1}")
     _zstd(body[4:], words, scale, where)
-    planes.undo_xor(words, stride)
+    byteplanes.undo_xor(words, stride)
 
 
 PREDICTOR, RAW, RUNS, PLANE_RUNS, DELTA_RUNS, BLOCKS, PACKED, ZSTD, DIFFERENCE, ADJACENT, STRIDED = range(11)

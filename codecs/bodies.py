@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 
-from jaxquant.codecs import lossy, payload, planes, runs, strategies, zframes
+from jaxquant.codecs import byteplanes, lossy, payload, runs, strategies, zframes
 
 
 def body(words: np.ndarray, strategy: int, *, stride: int = 0, seed: int = lossy.SEED) -> tuple[bytes, bytes]:
@@ -49,7 +49,7 @@ def block_tags(rows: np.ndarray) -> list[int]:
 
 
 def _blocks(words: np.ndarray) -> bytes:
-    rows = planes.split(words)
+    rows = byteplanes.split(words)
     parts = []
     for row, tag in zip(rows, block_tags(rows), strict=True):
         parts += [bytes([tag]), row[: {0: 0, 1: row.size, 2: 1}[tag]].tobytes()]
@@ -57,22 +57,22 @@ def _blocks(words: np.ndarray) -> bytes:
 
 
 def _zstd(words: np.ndarray) -> bytes:
-    return zframes.compress(planes.split(words), 3)
+    return zframes.compress(byteplanes.split(words), 3)
 
 
 _BODIES = {
     strategies.RAW: lambda words, stride: swapped(words).tobytes(),
     strategies.RUNS: lambda words, stride: runs.encode(swapped(words), runs.LONG),
-    strategies.PLANE_RUNS: lambda words, stride: runs.encode(planes.split(words).reshape(-1), runs.LONG),
+    strategies.PLANE_RUNS: lambda words, stride: runs.encode(byteplanes.split(words).reshape(-1), runs.LONG),
     strategies.DELTA_RUNS: lambda words, stride: runs.encode(
-        planes.split(planes.xor_previous(words)).reshape(-1), runs.LONG
+        byteplanes.split(byteplanes.xor_previous(words)).reshape(-1), runs.LONG
     ),
     strategies.BLOCKS: lambda words, stride: _blocks(words),
-    strategies.PACKED: lambda words, stride: runs.encode(planes.split(words).reshape(-1), runs.PACKED),
+    strategies.PACKED: lambda words, stride: runs.encode(byteplanes.split(words).reshape(-1), runs.PACKED),
     strategies.ZSTD: lambda words, stride: _zstd(words),
-    strategies.DIFFERENCE: lambda words, stride: _zstd(planes.subtract_previous(words)),
-    strategies.ADJACENT: lambda words, stride: _zstd(planes.xor_previous(words)),
-    strategies.STRIDED: lambda words, stride: struct.pack(">I", stride) + _zstd(planes.xor_previous(words, stride)),
+    strategies.DIFFERENCE: lambda words, stride: _zstd(byteplanes.subtract_previous(words)),
+    strategies.ADJACENT: lambda words, stride: _zstd(byteplanes.xor_previous(words)),
+    strategies.STRIDED: lambda words, stride: struct.pack(">I", stride) + _zstd(byteplanes.xor_previous(words, stride)),
 }
 
 

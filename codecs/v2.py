@@ -1,0 +1,176 @@
+"""Encode, decode and inspect QATC v2 containers and bare QATQ payloads held in memory."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxquant.codecs import compact, container, fnv, parity, payload, workers
+from jaxquant.codecs.limits import Limits
+from jaxquant.codecs.strategies import STRATEGIES
+
+CHUNK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One payload as `inspect` sees it.
+
+    Attributes:
+        offset: Of the payload, in bytes from the start of the file.
+        nbytes: Of the payload.
+        values: Elements in it.
+        mode: QATQ's name of the mode.
+        strategy: QATQ's name of the exact strategy, empty in other modes.
+    """
+
+    offset: int
+    nbytes: int
+    values: int
+    mode: str
+    strategy: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A file as `inspect` sees it.
+
+    Attributes:
+        format: "QATC v2" or "QATQ v1".
+        dtype: "f32", "f16" or "bf16".
+        values: Elements.
+        raw_nbytes: Bytes of the decoded values.
+        nbytes: Bytes of the file.
+        chunks: Its payloads.
+    """
+
+    format: str
+    dtype: str
+    values: int
+    raw_nbytes: int
+    nbytes: int
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Encoded bytes per decoded byte."""
+        return self.nbytes / self.raw_nbytes if self.raw_nbytes else float("inf")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return dataclasses.asdict(self) | {"ratio": self.nbytes / self.raw_nbytes if self.raw_nbytes else None}
+
+
+def inspect(data: memoryview, limits: Limits) -> Summary:
+    """Check the structure of a file and describe it, without decoding values or verifying checksums."""
+    if bytes(data[:4]) != container.MAGIC:
+        limits.check("encoded_bytes", len(data), "payload")
+        head = payload.parse(data, limits)
+        return _summary("QATQ v1", head.dtype, head.values, data, [_chunk(head, 0, len(data))])
+    whole = container.parse(data, limits)
+    chunks = [
+        _chunk(whole.chunk(index, limits), whole.starts[index], whole.sizes[index])
+        for index in range(len(whole.starts))
+    ]
+    return _summary("QATC v2", whole.dtype, whole.values, data, chunks)
+
+
+def _summary(name: str, dtype: str, values: int, data: memoryview, chunks: list[Chunk]) -> Summary:
+    return Summary(
+        format=name,
+        dtype=dtype,
+        values=values,
+        raw_nbytes=values * payload.WIDTHS[dtype],
+        nbytes=len(data),
+        chunks=tuple(chunks),
+    )
+
+
+def _chunk(head: payload.Payload, offset: int, nbytes: int) -> Chunk:
+    return Chunk(
+        offset=offset,
+        nbytes=nbytes,
+        values=head.values,
+        mode=payload.MODES[head.mode],
+        strategy="" if head.strategy is None else STRATEGIES[head.strategy].label,
+    )
+
+
+def decode(data: memoryview, limits: Limits, threads: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Decode a container or a bare payload; arguments as in `qatc.decode`."""
+    if bytes(data[:4]) == container.MAGIC:
+        whole = container.parse(data, limits)
+        words = _words(whole.dtype, whole.values, out)
+        container.fill(whole, limits, words, threads)
+        return payload.as_values(words, whole.dtype)
+    limits.check("encoded_bytes", len(data), "payload")
+    head = payload.parse(data, limits)
+    words = _words(head.dtype, head.values, out)
+    payload.fill(head, words)
+    payload.verify(head, payload.checksum(words))
+    return payload.as_values(words, head.dtype)
+
+
+def _words(dtype: str, values: int, out: np.ndarray | None) -> np.ndarray:
+    words = payload.words_of(dtype, 0 if out is not None else values)
+    if out is None:
+        return words
+    wanted = payload.as_values(words, dtype).dtype
+    if out.dtype != wanted or out.size != values or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(
+            f"out: {out.dtype} of {out.size} values, but the file holds {wanted} of {values}; "
+            "it must also be contiguous and writeable"
+        )
+    return out.reshape(-1).view(words.dtype)
+
+
+def encode(words: np.ndarray, dtype: str, *, exact: bool, chunk: int, stride: int, threads: int) -> bytes:
+    """Write a container; arguments as in `chunks`."""
+    made = [part for parts in chunks(words, dtype, exact=exact, chunk=chunk, stride=stride, threads=threads) for part in parts]
+    return b"".join([container.head(words.size, count(words, chunk), fnv.fnv1a_parts(made)), *made])
+
+
+def count(words: np.ndarray, chunk: int) -> int:
+    """Return the number of chunks of a container; even an empty one has one."""
+    return max(-(-words.size // chunk), 1)
+
+
+def chunks(
+    words: np.ndarray, dtype: str, *, exact: bool, chunk: int, stride: int, threads: int
+) -> Iterator[list[bytes | memoryview]]:
+    """Write the chunks of a container.
+
+    Args:
+        words: From `buffers.words_of`.
+        dtype: Name on the wire.
+        exact: Whether to choose as QATQ does.
+        chunk: Values per chunk.
+        stride: Distance in elements at which to expect similar values, 0 for none; ignored for f32.
+        threads: Chunks encoded at the same time.
+
+    Yields:
+        For every chunk the parts of its length, header and body.
+    """
+    even = words.size // chunk
+    known: list[int] = []
+
+    def one(index: int) -> tuple[compact.Body, int | None]:
+        piece = words[index * chunk : (index + 1) * chunk]
+        checksum = None if index < len(known) else payload.checksum(piece)
+        if exact:
+            strategy, body = parity.choose(piece, stride if piece.itemsize == 2 else 0)
+            return compact.Body(strategy=strategy, parts=[body]), checksum
+        return compact.choose(piece, (stride,) if stride else ()), checksum
+
+    if fnv.hashes_rows_faster(words, even):
+        known = payload.row_checksums(words[: even * chunk].reshape(even, chunk))
+    total = count(words, chunk)
+    for index, (body, checksum) in enumerate(workers.ordered(one, range(total), threads)):
+        values = min(chunk, words.size - index * chunk)
+        yield [
+            (payload.HEADER.size + payload.EXACT.size + body.nbytes).to_bytes(4, "big"),
+            payload.head(4, values, known[index] if checksum is None else checksum),
+            payload.exact_head(body.strategy, dtype),
+            *body.parts,
+        ]
