@@ -43,9 +43,19 @@ def swapped(words: np.ndarray) -> np.ndarray:
     return words.astype(words.dtype.newbyteorder(">")).view(np.uint8)
 
 
+def constant(row: np.ndarray) -> bool:
+    """Tell whether all bytes of a row are the same."""
+    return bool((row[:64] == row[:1]).all() and (row == row[:1]).all())
+
+
 def block_tags(rows: np.ndarray) -> list[int]:
     """Return what strategy 5 makes of every plane: 0 all zero, 2 constant, 1 neither."""
-    return [1 if (row != row[:1]).any() else 2 * bool(row[:1].any()) for row in rows]
+    return [2 * bool(row[:1].any()) if constant(row) else 1 for row in rows]
+
+
+def block_size(tags: list[int], values: int) -> int:
+    """Return the bytes of strategy 5 for planes of so many values."""
+    return sum((1, 1 + values, 2)[tag] for tag in tags)
 
 
 def _blocks(words: np.ndarray) -> bytes:

@@ -1,9 +1,9 @@
 """The default choices: payloads that QATQ decodes, smaller than its own and made many times faster.
 
 QATQ compresses all planes together at zstd level 3, which on noise-like planes finds matches that cost more than the
-Huffman code they replace, and stores mantissas through the same search. Here every plane is a frame of its own, and a
-sample decides: stored, entropy-coded alone, or matched at the level that pays. Runs are tried only where a bound says
-that they can win.
+Huffman code they replace, and searches mantissas as long as exponents. Here every plane is coded on its own and a
+sample decides how: stored, entropy-coded alone, or matched at the level that pays. Runs are tried only where a bound
+says that they can win.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import numpy as np
 from jaxquant.codecs import bodies, byteplanes, runs, strategies, zframes
 
 _SMALL = 64 << 10
-_PIECES = 4
-_SAMPLE = 32 << 10
+_TINY = 4 << 10
+_PIECES, _PIECE = 4, 8 << 10
 _STORE, _ENTROPY = -2, -1
 
 
@@ -31,99 +31,54 @@ class Body:
         return sum(memoryview(part).nbytes for part in self.parts)
 
 
-def choose(words: np.ndarray, strides: tuple[int, ...] = ()) -> Body:
+def choose(words: np.ndarray, stride: int = 0) -> Body:
     """Encode words by what a sample of them, or all of them if they are few, says is smallest.
 
     Args:
         words: Unsigned 16- or 32-bit words, one axis.
-        strides: Distances in elements, for 16-bit words, at which to expect similar values.
+        stride: Distance in elements, for 16-bit words, at which to expect similar values; 0 for none.
 
     Returns:
         A strategy and its body.
     """
     if words.size == 0:
         return Body(strategy=strategies.RAW, parts=[])
-    if words.nbytes <= _SMALL:
-        best = min((_zstd(made, _every_coder) for made in _transforms(words, strides)), key=_size)
-    else:
-        best = _by_sample(words, strides)
-    return _or_runs(words, best)
-
-
-def _size(body: Body) -> int:
-    return body.nbytes
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Transform:
-    """A strategy, its body's first bytes, and the words that its planes are made of."""
-
-    strategy: int
-    prefix: bytes
-    words: np.ndarray
-
-
-def _transforms(words: np.ndarray, strides: tuple[int, ...]) -> list[_Transform]:
-    made = [_Transform(strategy=strategies.ZSTD, prefix=b"", words=words)]
-    if words.itemsize == 4:
-        return [*made, _Transform(strategy=strategies.DIFFERENCE, prefix=b"", words=byteplanes.subtract_previous(words))]
-    made.append(_Transform(strategy=strategies.ADJACENT, prefix=b"", words=byteplanes.xor_previous(words)))
-    for stride in strides:
-        if 1 < stride < words.size:
-            residual = byteplanes.xor_previous(words, stride)
-            made.append(
-                _Transform(strategy=strategies.STRIDED, prefix=stride.to_bytes(4, "big"), words=residual)
-            )
-    return made
-
-
-def _zstd(transform: _Transform, code) -> Body:
-    """Write the planes of a transform, each as `code` does it or all in one frame if that is smaller."""
-    rows = byteplanes.split(transform.words)
-    parts = [part for row in rows for part in code(row)]
-    apart = Body(strategy=transform.strategy, parts=[transform.prefix, *parts])
-    if apart.nbytes > _SMALL // 16:
-        return apart
-    together = [[transform.prefix, zframes.compress(rows, level)] for level in (3, 9)]
-    return min([apart, *(Body(strategy=transform.strategy, parts=parts) for parts in together)], key=_size)
-
-
-def _every_coder(row: np.ndarray) -> list:
-    """Code a small plane every way and keep the smallest."""
-    coded = [[zframes.entropy(row)], [zframes.compress(row, 3)], [zframes.compress(row, 9)]]
-    smallest = min(coded, key=lambda parts: len(parts[0]))
-    return smallest if len(smallest[0]) < row.size else zframes.store(memoryview(row))
-
-
-def _by_sample(words: np.ndarray, strides: tuple[int, ...]) -> Body:
-    """Choose transform and coders on a sample, then code everything that way."""
-    length = _SAMPLE // _PIECES
-    starts = [piece * (words.size - length) // (_PIECES - 1) for piece in range(_PIECES)]
-    longest = max((stride for stride in strides if stride < length), default=1)
-    best, coders, least = strategies.RAW, [], float("inf")
-    sampled = [words[max(start - longest, 0) : start + length] for start in starts]
-    candidates = [(strategies.ZSTD, 0), (strategies.DIFFERENCE, 0)]
-    if words.itemsize == 2:
-        candidates = [(strategies.ZSTD, 0), (strategies.ADJACENT, 1)]
-        candidates += [(strategies.STRIDED, stride) for stride in strides if 1 < stride < length]
-    for strategy, stride in candidates:
-        residual = np.concatenate([_residual(part, strategy, stride)[-length:] for part in sampled])
-        chosen = [_sample_coder(row) for row in byteplanes.split(residual)]
-        size = sum(estimate for _, estimate in chosen)
-        if size < least:
-            best, best_stride, coders, least = strategy, stride, [coder for coder, _ in chosen], size
-    if least >= 0.998 * _SAMPLE * words.itemsize and not _repeats(words):
+    strategy, stride, coders = _plan(words, stride)
+    best = Body(strategy=strategies.RAW, parts=[words])
+    if strategy != strategies.RAW:
+        best = _zstd(words, strategy, stride, coders)
+    best = _runs(words, best)
+    if best.nbytes >= words.nbytes:
         return Body(strategy=strategies.RAW, parts=[bodies.swapped(words)])
-    rows = byteplanes.split(_residual(words, best, best_stride))
-    if _ENTROPY in coders or _STORE in coders:
-        matched = _repeats(words)
-        coders = [(coder, 3) if matched and coder < 3 else (coder,) for coder in coders]
+    return best
+
+
+def _plan(words: np.ndarray, stride: int) -> tuple[int, int, list[int]]:
+    """Choose a strategy, its stride and a coder per plane, on a sample."""
+    candidates = [(strategies.ZSTD, 0)]
+    if words.itemsize == 4:
+        candidates.append((strategies.DIFFERENCE, 0))
     else:
-        coders = [(coder,) for coder in coders]
-    parts = [best_stride.to_bytes(4, "big")] if best == strategies.STRIDED else []
-    for row, choices in zip(rows, coders, strict=True):
-        parts += min((_code(row, choice) for choice in choices), key=lambda made: sum(map(len, made)))
-    return Body(strategy=best, parts=parts)
+        candidates.append((strategies.ADJACENT, 1))
+    if 1 < stride < words.size and words.itemsize == 2:
+        candidates.append((strategies.STRIDED, stride))
+    best, least = (strategies.RAW, 0, []), float("inf")
+    for strategy, distance in candidates:
+        rows = byteplanes.split(_sampled(words, strategy, distance))
+        coders = [_coder(row) for row in rows]
+        size = sum(estimate for _, estimate in coders)
+        if size < least:
+            best, least = (strategy, distance, [coder for coder, _ in coders]), size
+    if set(best[2]) == {_STORE} and not _repeats(words):
+        return strategies.RAW, 0, []
+    return best
+
+
+def chunk_values(words: np.ndarray, most: int) -> int:
+    """Return how many values to put into a chunk: more where hardly anything is left of them."""
+    if words.size <= most or sum(_coder(row)[1] for row in byteplanes.split(_sampled(words, strategies.ZSTD, 0))) > _TINY:
+        return most
+    return 16 * most
 
 
 def _residual(words: np.ndarray, strategy: int, stride: int) -> np.ndarray:
@@ -132,51 +87,87 @@ def _residual(words: np.ndarray, strategy: int, stride: int) -> np.ndarray:
     return byteplanes.xor_previous(words, stride) if stride else words
 
 
-def _sample_coder(row: np.ndarray) -> tuple[int, int]:
+def _sampled(words: np.ndarray, strategy: int, stride: int) -> np.ndarray:
+    """Residuals of a few pieces spread over the words, or of all words if they are few."""
+    if words.nbytes <= _SMALL or stride >= words.size - _PIECES * _PIECE:
+        return _residual(words, strategy, stride)
+    back = max(stride, 1)
+    starts = [back + piece * (words.size - back - _PIECE) // (_PIECES - 1) for piece in range(_PIECES)]
+    if strategy == strategies.ZSTD:
+        return np.concatenate([words[start : start + _PIECE] for start in starts])
+    combine = np.subtract if strategy == strategies.DIFFERENCE else np.bitwise_xor
+    pieces = [
+        combine(words[start : start + _PIECE], words[start - back : start - back + _PIECE]) for start in starts
+    ]
+    return np.concatenate(pieces)
+
+
+def _coder(row: np.ndarray) -> tuple[int, int]:
     """Return a coder for planes like this sample, and the sample's size under it."""
-    alone, matched = len(zframes.entropy(row)), len(zframes.compress(row, 1))
-    if min(alone, matched) > 0.995 * row.size:
-        return _STORE, row.size
-    if alone < 0.99 * matched:
-        return _ENTROPY, alone
-    sizes = {_ENTROPY: alone, 1: matched, 3: len(zframes.compress(row, 3))}
-    if sizes[3] < 0.75 * row.size:
-        sizes[9] = len(zframes.compress(row, 9))
-    coder = min(sizes, key=lambda level: sizes[level] * (1 + 0.005 * max(level, 0)))
+    sizes = {_STORE: row.size, _ENTROPY: len(zframes.entropy(row)), 1: len(zframes.compress(row, 1))}
+    if sizes[_ENTROPY] > 0.99 * sizes[1] or sizes[_ENTROPY] < 0.3 * row.size:
+        sizes[3] = len(zframes.compress(row, 3))
+        if sizes[3] < 0.85 * row.size:
+            sizes[9] = len(zframes.compress(row, 9))
+    # A slower coder must save what its time is worth, half a per cent of the plane for a few levels.
+    costs = {_STORE: 0, _ENTROPY: 0.003 * row.size}
+    coder = min(sizes, key=lambda level: sizes[level] + costs.get(level, 0.003 * row.size + 0.002 * level * sizes[level]))
     return coder, sizes[coder]
 
 
 def _repeats(words: np.ndarray) -> bool:
-    """Tell whether eight aligned bytes often occur again, at any distance: a sample by content, not by place."""
-    wide = words[: words.size * words.itemsize // 8 * 8 // words.itemsize].view(np.uint64)
+    """Tell whether eight aligned bytes often occur again, far off too: a sample by content, not by place."""
+    near = words[: 1 << 18]
+    wide = near[: near.nbytes // 8 * 8 // near.itemsize].view(np.uint64)
     mixed = wide * np.uint64(0x9E3779B97F4A7C15)
     kept = np.sort(mixed[mixed >> np.uint64(59) == 0])
-    return bool(kept.size and np.count_nonzero(kept[1:] == kept[:-1]) > 0.02 * kept.size)
+    return bool(np.count_nonzero(kept[1:] == kept[:-1]) > 0.02 * kept.size)
 
 
-def _code(row: np.ndarray, coder: int) -> list:
-    if coder == _STORE:
-        return zframes.store(memoryview(row))
-    return [zframes.entropy(row) if coder == _ENTROPY else zframes.compress(row, coder)]
+def _zstd(words: np.ndarray, strategy: int, stride: int, coders: list[int]) -> Body:
+    """Write the planes of a strategy, each in its own frame or, where the result is tiny, all in one."""
+    rows = byteplanes.split(_residual(words, strategy, stride))
+    prefix = stride.to_bytes(4, "big") if strategy == strategies.STRIDED else b""
+    searched = words.nbytes > _SMALL and min(coders) < 1 and _repeats(words)
+    frames = []
+    for row, coder in zip(rows, coders, strict=True):
+        if bodies.constant(row):
+            frames.append(zframes.Blocks(kind=zframes.RLE, data=row))
+            continue
+        made = zframes.entropy(row) if coder == _ENTROPY else zframes.compress(row, coder) if coder > 0 else b""
+        if searched and coder < 3:
+            other = zframes.compress(row, 3)
+            made = other if not made or len(other) < len(made) else made
+        stored = not made or len(made) >= row.size
+        frames.append(zframes.Blocks(kind=zframes.RAW, data=row) if stored else made)
+    apart = Body(strategy=strategy, parts=[prefix, *zframes.join(frames)])
+    if apart.nbytes > _TINY:
+        return apart
+    together = [Body(strategy=strategy, parts=[prefix, zframes.compress(rows, level)]) for level in (3, 9)]
+    return min([apart, *together], key=_nbytes)
 
 
-def _or_runs(words: np.ndarray, best: Body) -> Body:
+def _nbytes(body: Body) -> int:
+    return body.nbytes
+
+
+def _runs(words: np.ndarray, best: Body) -> Body:
     """Replace a body by runs or blocks, where those are smaller."""
-    if best.nbytes > words.nbytes // 4 + 64:
+    if words.nbytes > _SMALL and best.nbytes > words.nbytes // 4:
         return best
-    least = best.nbytes
     rows = byteplanes.split(words)
     candidates = [(strategies.RUNS, bodies.swapped(words), runs.LONG)]
     candidates += [(strategies.PLANE_RUNS, rows.reshape(-1), runs.LONG)]
     candidates += [(strategies.PACKED, rows.reshape(-1), runs.PACKED)]
     if words.itemsize == 4:
+        tags = bodies.block_tags(rows)
+        if bodies.block_size(tags, words.size) < best.nbytes:
+            best = Body(strategy=strategies.BLOCKS, parts=[bodies.body(words, strategies.BLOCKS)[1]])
         delta = byteplanes.split(byteplanes.xor_previous(words)).reshape(-1)
         candidates += [(strategies.DELTA_RUNS, delta, runs.LONG)]
     for strategy, source, grammar in candidates:
-        if runs.at_least(source, grammar) < least:
+        if runs.at_least(source, grammar) < best.nbytes:
             made = runs.encode(source, grammar)
-            if len(made) < least:
-                least, best = len(made), Body(strategy=strategy, parts=[made])
-    if words.nbytes < least:
-        return Body(strategy=strategies.RAW, parts=[bodies.swapped(words)])
+            if len(made) < best.nbytes:
+                best = Body(strategy=strategy, parts=[made])
     return best

@@ -46,10 +46,11 @@ def fnv1a(data, state: int = OFFSET) -> int:
     octets = np.frombuffer(data, np.uint8)
     start = 0
     if xla := _xla(octets.size):
-        while octets.size - start >= xla.BLOCK:
-            words = octets[start : start + xla.BLOCK].view(np.uint64).reshape(xla.LANES, -1)
-            state = _xla_lanes(xla, words, state)
-            start += xla.BLOCK
+        for steps in xla.STEPS:
+            while octets.size - start >= (size := xla.LANES * steps):
+                words = octets[start : start + size].view(np.uint64).reshape(xla.LANES, -1)
+                state = _xla_lanes(xla, words, state)
+                start += size
     while (left := octets.size - start) >= _SMALL:
         lanes = min(left // _STEPS, _LANES)
         state = _lanes(octets[start : start + lanes * _STEPS].reshape(lanes, _STEPS), state)
@@ -97,9 +98,11 @@ def fnv1a_rows(words: np.ndarray, *, swapped: bool = False) -> list[int]:
     if hashes_rows_faster(words, len(words)):
         xla = _xla(words.nbytes)
         wide, lanes = octets[:, : octets.shape[1] // 8 * 8].view(np.uint64), np.full(len(words), OFFSET, np.uint64)
+        # Rows a power of two apart share their cache sets, so they are transposed from a copy with another pitch.
+        pitched = np.empty((len(words), _XLA_WORDS + 8), np.uint64)[:, :_XLA_WORDS]
         while wide.shape[1] - done >= _XLA_WORDS:
-            block = np.ascontiguousarray(wide[:, done : done + _XLA_WORDS].T)
-            lanes = xla.hashes(lanes, block, swapped=swapped)
+            np.copyto(pitched, wide[:, done : done + _XLA_WORDS])
+            lanes = xla.hashes(lanes, np.ascontiguousarray(pitched.T), swapped=swapped)
             done += _XLA_WORDS
         states = lanes.tolist()
     tails = words[:, done * 8 // words.itemsize :]

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LANES, STEPS = 8192, 512
-BLOCK = LANES * STEPS
+LANES = 8192
+STEPS = (512, 128, 32)
 _PRIME = 0x100000001B3
 _UNROLL = 32
 

@@ -49,7 +49,7 @@ def choose(words: np.ndarray, stride: int = 0) -> tuple[int, bytes]:
     candidates += [(strategies.PLANE_RUNS, rows.reshape(-1), runs.LONG)]
     candidates += [(strategies.PACKED, rows.reshape(-1), runs.PACKED)]
     if words.itemsize == 4:
-        sizes[strategies.BLOCKS] = sum((1, 1 + words.size, 2)[tag] for tag in bodies.block_tags(rows))
+        sizes[strategies.BLOCKS] = bodies.block_size(bodies.block_tags(rows), words.size)
         delta = byteplanes.split(byteplanes.xor_previous(words)).reshape(-1)
         candidates += [(strategies.DELTA_RUNS, delta, runs.LONG)]
     for strategy, source, grammar in candidates:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxquant.codecs import bodies, buffers, container, lossy, parity, payload, v2, workers
+from jaxquant.codecs import bodies, buffers, compact, container, lossy, parity, payload, v2, workers
 from jaxquant.codecs.errors import CodecError, CorruptError, LimitError, UnsupportedError
 from jaxquant.codecs.limits import Limits
 
@@ -40,8 +40,8 @@ def encode(
         array: float32, float16 or bfloat16 values on one axis for the v2 profiles; anything for the others.
         profile: "v2" is decoded by QATQ and chosen for size and speed; "parity" is what QATQ itself writes, byte for
             byte; "fast", "balanced" and "small" are v3, which also keeps shape and every dtype.
-        chunk: Values per chunk. Without it "parity" writes one bare payload, as `qatq encode` does, and the others
-            choose.
+        chunk: Values per chunk of a container. Without it "parity" writes one bare payload, as `qatq encode` does,
+            "v2" one where the values fit into a single chunk of its choice, and v3 chooses.
         stride: Distance in values at which to expect similar ones, such as channels per token; a hint for 16-bit
             values in v2.
         threads: Chunks encoded at the same time; all cores by default.
@@ -56,7 +56,7 @@ def encode(
         >>> import numpy as np
         >>> data = encode(np.linspace(0, 1, 1000, dtype=np.float16))
         >>> data[:4], decode(data)[-1]
-        (b'QATC', np.float16(1.0))
+        (b'QATQ', np.float16(1.0))
     """
     if profile not in PROFILES:
         raise ValueError(f"profile: {profile!r} is none of {', '.join(PROFILES)}")
@@ -71,11 +71,14 @@ def encode(
     if profile == "parity" and chunk is None:
         return encode_payload(array, stride=stride)
     words, dtype = buffers.words_of(array)
+    whole = compact.chunk_values(words, v2.CHUNK)
+    if chunk is None and words.size <= whole:
+        return v2.encode_payload(words, dtype, _stride(stride, words))
     return v2.encode(
         words,
         dtype,
         exact=profile == "parity",
-        chunk=v2.CHUNK if chunk is None else chunk,
+        chunk=chunk or whole,
         stride=_stride(stride, words),
         threads=_threads(threads),
     )

@@ -1,6 +1,7 @@
 """Encode, decode and inspect QATC v2 containers and bare QATQ payloads held in memory."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,9 +126,18 @@ def _words(dtype: str, values: int, out: np.ndarray | None) -> np.ndarray:
     return out.reshape(-1).view(words.dtype)
 
 
+def encode_payload(words: np.ndarray, dtype: str, stride: int) -> bytes:
+    """Write a bare payload by the default choices; arguments as in `chunks`."""
+    body = compact.choose(words, stride)
+    return b"".join(
+        [payload.head(4, words.size, payload.checksum(words)), payload.exact_head(body.strategy, dtype), *body.parts]
+    )
+
+
 def encode(words: np.ndarray, dtype: str, *, exact: bool, chunk: int, stride: int, threads: int) -> bytes:
     """Write a container; arguments as in `chunks`."""
-    made = [part for parts in chunks(words, dtype, exact=exact, chunk=chunk, stride=stride, threads=threads) for part in parts]
+    every = chunks(words, dtype, exact=exact, chunk=chunk, stride=stride, threads=threads)
+    made = list(itertools.chain.from_iterable(every))
     return b"".join([container.head(words.size, count(words, chunk), fnv.fnv1a_parts(made)), *made])
 
 
@@ -161,7 +171,7 @@ def chunks(
         if exact:
             strategy, body = parity.choose(piece, stride if piece.itemsize == 2 else 0)
             return compact.Body(strategy=strategy, parts=[body]), checksum
-        return compact.choose(piece, (stride,) if stride else ()), checksum
+        return compact.choose(piece, stride), checksum
 
     if fnv.hashes_rows_faster(words, even):
         known = payload.row_checksums(words[: even * chunk].reshape(even, chunk))

@@ -1,5 +1,7 @@
 """Zstandard frames as QATC holds them: any number in a row, bounded before they are opened, and cheap ones to write."""
 
+import dataclasses
+import itertools
 import threading
 
 import numpy as np
@@ -135,18 +137,45 @@ def entropy(data) -> bytes:
     return _contexts.entropy.compress(data)
 
 
-def store(data: memoryview) -> list:
-    """Wrap bytes in one frame without looking at them.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Bytes to be written as blocks that zstd need not look at: `RAW` as they are, `RLE` all the same."""
+
+    kind: int
+    data: np.ndarray
+
+
+RAW, RLE = 0, 1
+
+
+def join(frames: list[bytes | Blocks]) -> list:
+    """Put coded frames and blocks in a row, blocks that follow each other in one frame.
 
     Args:
-        data: At least one byte.
+        frames: Whole frames, and blocks of at least one byte.
 
     Returns:
-        Parts to be joined; those that carry data are views of it.
+        Parts to be joined; raw blocks are views, not copies.
     """
-    parts: list = [MAGIC + b"\xa0" + len(data).to_bytes(4, "little")]
-    for first in range(0, len(data), _BLOCK):
-        block = data[first : first + _BLOCK]
-        last = first + _BLOCK >= len(data)
-        parts += [(len(block) << 3 | last).to_bytes(3, "little"), block]
+    parts: list = []
+    for plain, group in itertools.groupby(frames, lambda frame: isinstance(frame, Blocks)):
+        parts += _frame(list(group)) if plain else list(group)
+    return parts
+
+
+def _frame(blocks: list[Blocks]) -> list:
+    size = sum(block.data.size for block in blocks)
+    if size < 256:
+        header = b"\x20" + size.to_bytes(1, "little")
+    elif size < 256 + (1 << 16):
+        header = b"\x60" + (size - 256).to_bytes(2, "little")
+    else:
+        header = b"\xa0" + size.to_bytes(4, "little")
+    parts: list = [MAGIC + header]
+    for block in blocks:
+        for first in range(0, block.data.size, _BLOCK):
+            piece = block.data[first : first + _BLOCK]
+            last = block is blocks[-1] and first + _BLOCK >= block.data.size
+            parts.append((piece.size << 3 | block.kind << 1 | last).to_bytes(3, "little"))
+            parts.append(memoryview(piece[:1] if block.kind == RLE else piece))
     return parts
