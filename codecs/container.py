@@ -2,7 +2,6 @@
 
 import array
 import dataclasses
-import itertools
 import struct
 
 import numpy as np
@@ -115,43 +114,38 @@ def parse(data: memoryview, limits: Limits) -> Container:
     )
 
 
-def fill(container: Container, limits: Limits, words: np.ndarray, threads: int) -> None:
-    """Decode and verify all chunks.
+def fill(container: Container, limits: Limits, words: np.ndarray, threads: int, chunks: range | None = None) -> None:
+    """Decode chunks and verify their checksums.
 
     Args:
         container: From `parse`.
         limits: As given to `parse`.
-        words: `container.values` unsigned words to fill.
+        words: Unsigned words to fill, one for every value of the chunks.
         threads: Chunks decoded at the same time.
+        chunks: Consecutive chunks to decode; all by default.
 
     Raises:
         CorruptError: A checksum differs or a body is malformed.
     """
-    firsts = np.frombuffer(container.firsts, np.uint64)
+    chunks = range(len(container.starts)) if chunks is None else chunks
+    firsts = np.frombuffer(container.firsts, np.uint64)[chunks.start : chunks.stop + 1].astype(np.int64)
+    firsts -= firsts[0]
     even = _even_chunks(firsts)
     together = even if fnv.hashes_rows_faster(words, even) else 0
 
-    def one(index: int) -> int:
-        chunk = container.chunk(index, limits)
-        part = words[container.firsts[index] : container.firsts[index + 1]]
+    def one(index: int) -> payload.Payload:
+        chunk = container.chunk(chunks[index], limits)
+        part = words[firsts[index] : firsts[index + 1]]
         payload.fill(chunk, part)
         if index >= together:
             payload.verify(chunk, payload.checksum(part))
-        return chunk.checksum
+        return chunk
 
-    if threads == 1:
-        check(container)
-        stored = [one(index) for index in range(len(container.starts))]
-    else:
-        results = workers.ordered(one, range(len(container.starts)), threads)
-        stored = list(itertools.islice(results, 0, 1))
-        check(container)
-        stored.extend(results)
+    heads = list(workers.ordered(one, range(len(chunks)), threads))
     if together:
-        rows = words[: int(firsts[together])].reshape(together, -1)
-        for index, found in enumerate(payload.row_checksums(rows)):
-            if found != stored[index]:
-                payload.verify(container.chunk(index, limits), found)
+        rows = words[: firsts[together]].reshape(together, -1)
+        for head, found in zip(heads, payload.row_checksums(rows), strict=False):
+            payload.verify(head, found)
 
 
 def _even_chunks(firsts: np.ndarray) -> int:

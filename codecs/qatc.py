@@ -158,7 +158,7 @@ def decode(
     """
     limits = limits or Limits()
     with buffers.opened(data) as view:
-        if _is_v3(view):
+        if is_v3(view):
             from jaxquant.codecs import v3
 
             allowed = v3.Limits(total_bytes=limits.decoded_bytes, chunks=limits.chunks)
@@ -187,7 +187,7 @@ def inspect(data: Any, *, limits: Limits | None = None) -> Any:
     """
     limits = limits or Limits()
     with buffers.opened(data) as view:
-        if _is_v3(view):
+        if is_v3(view):
             from jaxquant.codecs import v3
 
             return v3.inspect(view, limits=v3.Limits(total_bytes=limits.decoded_bytes, chunks=limits.chunks))
@@ -242,7 +242,7 @@ def decode_bytes(data: Any, length: int, *, chunk: int | None = None, limits: Li
     limits = limits or Limits()
     limits.check("values", -(-length // 4), "length")
     with buffers.opened(data) as view:
-        if bytes(view[:4]) != container.MAGIC or _is_v3(view):
+        if bytes(view[:4]) != container.MAGIC or is_v3(view):
             raise UnsupportedError("container, offset 0: opaque bytes are kept in QATC v2 containers")
         summary = v2.inspect(view, limits)
         sizes = [piece.values for piece in summary.chunks]
@@ -258,7 +258,8 @@ def decode_bytes(data: Any, length: int, *, chunk: int | None = None, limits: Li
     return octets[:length].tobytes()
 
 
-def _is_v3(view: memoryview) -> bool:
+def is_v3(view: memoryview) -> bool:
+    """Tell whether a file is of the third generation."""
     return len(view) > 4 and bytes(view[:4]) == container.MAGIC and view[4] == 3
 
 

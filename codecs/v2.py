@@ -102,6 +102,7 @@ def decode(data: memoryview, limits: Limits, threads: int, out: np.ndarray | Non
     """Decode a container or a bare payload; arguments as in `qatc.decode`."""
     if bytes(data[:4]) == container.MAGIC:
         whole = container.parse(data, limits)
+        container.check(whole)
         words = _words(whole.dtype, whole.values, out)
         container.fill(whole, limits, words, threads)
         return payload.as_values(words, whole.dtype)
@@ -111,6 +112,33 @@ def decode(data: memoryview, limits: Limits, threads: int, out: np.ndarray | Non
     payload.fill(head, words)
     payload.verify(head, payload.checksum(words))
     return payload.as_values(words, head.dtype)
+
+
+def pieces(data: memoryview, limits: Limits, threads: int) -> Iterator[np.ndarray]:
+    """Decode a file a group of chunks at a time, to hold no more than that.
+
+    Args:
+        data: Container or bare payload.
+        limits: Bounds on what it may claim.
+        threads: Chunks decoded at the same time.
+
+    Yields:
+        Consecutive values.
+    """
+    if bytes(data[:4]) != container.MAGIC:
+        yield decode(data, limits, threads)
+        return
+    whole = container.parse(data, limits)
+    container.check(whole)
+    first = 0
+    while first < len(whole.starts):
+        last = first + 1
+        while last < len(whole.starts) and whole.firsts[last + 1] - whole.firsts[first] <= 32 * CHUNK:
+            last += 1
+        words = payload.words_of(whole.dtype, whole.firsts[last] - whole.firsts[first])
+        container.fill(whole, limits, words, threads, range(first, last))
+        yield payload.as_values(words, whole.dtype)
+        first = last
 
 
 def _words(dtype: str, values: int, out: np.ndarray | None) -> np.ndarray:
