@@ -16,6 +16,8 @@ _SMALL = 64 << 10
 _TINY = 4 << 10
 _PIECES, _PIECE = 4, 8 << 10
 _STORE, _ENTROPY = -2, -1
+_REPEAT_SPAN = 1 << 18
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,29 +33,49 @@ class Body:
         return sum(memoryview(part).nbytes for part in self.parts)
 
 
-def choose(words: np.ndarray, stride: int = 0) -> Body:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a sample says.
+
+    Attributes:
+        strategy: Wire id.
+        stride: Of the strategy, 0 if it has none.
+        coders: One per plane.
+        expected: Encoded bytes per word.
+        repeats: Whether whole rows come again, so that matches are worth a search where the sample shows none.
+    """
+
+    strategy: int
+    stride: int
+    coders: tuple[int, ...]
+    expected: float
+    repeats: bool
+
+
+def choose(words: np.ndarray, stride: int = 0, plan: Plan | None = None) -> Body:
     """Encode words by what a sample of them, or all of them if they are few, says is smallest.
 
     Args:
         words: Unsigned 16- or 32-bit words, one axis.
         stride: Distance in elements, for 16-bit words, at which to expect similar values; 0 for none.
+        plan: Made from a larger array that these words are a part of; followed if it turns out as it expected.
 
     Returns:
         A strategy and its body.
     """
     if words.size == 0:
         return Body(strategy=strategies.RAW, parts=[])
-    strategy, stride, coders = _plan(words, stride)
-    best = Body(strategy=strategies.RAW, parts=[words])
-    if strategy != strategies.RAW:
-        best = _zstd(words, strategy, stride, coders)
+    followed = plan or make_plan(words, stride)
+    best = _follow(words, followed)
+    if plan is not None and abs(best.nbytes - plan.expected * words.size) > 0.02 * best.nbytes + _TINY:
+        best = min([best, _follow(words, make_plan(words, stride))], key=_nbytes)
     best = _runs(words, best)
     if best.nbytes >= words.nbytes:
         return Body(strategy=strategies.RAW, parts=[bodies.swapped(words)])
     return best
 
 
-def _plan(words: np.ndarray, stride: int) -> tuple[int, int, list[int]]:
+def make_plan(words: np.ndarray, stride: int) -> Plan:
     """Choose a strategy, its stride and a coder per plane, on a sample."""
     candidates = [(strategies.ZSTD, 0)]
     if words.itemsize == 4:
@@ -62,23 +84,28 @@ def _plan(words: np.ndarray, stride: int) -> tuple[int, int, list[int]]:
         candidates.append((strategies.ADJACENT, 1))
     if 1 < stride < words.size and words.itemsize == 2:
         candidates.append((strategies.STRIDED, stride))
-    best, least = (strategies.RAW, 0, []), float("inf")
+    repeats = words.nbytes > _SMALL and _repeats(words)
+    plans = []
     for strategy, distance in candidates:
-        rows = byteplanes.split(_sampled(words, strategy, distance))
-        coders = [_coder(row) for row in rows]
-        size = sum(estimate for _, estimate in coders)
-        if size < least:
-            best, least = (strategy, distance, [coder for coder, _ in coders]), size
-    if set(best[2]) == {_STORE} and not _repeats(words):
-        return strategies.RAW, 0, []
-    return best
+        sample = _sampled(words, strategy, distance)
+        coders = [_coder(row) for row in byteplanes.split(sample)]
+        expected = sum(size for _, size in coders) / sample.size
+        chosen = tuple(coder for coder, _ in coders)
+        plans.append(Plan(strategy=strategy, stride=distance, coders=chosen, expected=expected, repeats=repeats))
+    return min(plans, key=lambda plan: plan.expected)
 
 
 def chunk_values(words: np.ndarray, most: int) -> int:
     """Return how many values to put into a chunk: more where hardly anything is left of them."""
-    if words.size <= most or sum(_coder(row)[1] for row in byteplanes.split(_sampled(words, strategies.ZSTD, 0))) > _TINY:
+    if words.size <= most or make_plan(words, 0).expected * most > _TINY:
         return most
     return 16 * most
+
+
+def _follow(words: np.ndarray, plan: Plan) -> Body:
+    if set(plan.coders) == {_STORE} and not plan.repeats:
+        return Body(strategy=strategies.RAW, parts=[words])
+    return _zstd(words, plan)
 
 
 def _residual(words: np.ndarray, strategy: int, stride: int) -> np.ndarray:
@@ -116,26 +143,30 @@ def _coder(row: np.ndarray) -> tuple[int, int]:
 
 
 def _repeats(words: np.ndarray) -> bool:
-    """Tell whether eight aligned bytes often occur again, far off too: a sample by content, not by place."""
-    near = words[: 1 << 18]
-    wide = near[: near.nbytes // 8 * 8 // near.itemsize].view(np.uint64)
-    mixed = wide * np.uint64(0x9E3779B97F4A7C15)
-    kept = np.sort(mixed[mixed >> np.uint64(59) == 0])
-    return bool(np.count_nonzero(kept[1:] == kept[:-1]) > 0.02 * kept.size)
+    """Tell whether four words in a row often come again, far off too: a sample chosen by content, not by place."""
+    middle = max(words.size - _REPEAT_SPAN, 0) // 2
+    near = words[middle : middle + _REPEAT_SPAN]
+    mixed = near[:-3] * near.dtype.type(_GOLDEN >> (64 - 8 * near.itemsize))
+    at = np.flatnonzero(mixed >> (8 * near.itemsize - 6) == 33)
+    keys = np.zeros(at.size, np.uint64)
+    for ahead in range(4):
+        keys = keys * np.uint64(_GOLDEN) ^ near[at + ahead]
+    keys.sort()
+    return bool(np.count_nonzero(keys[1:] == keys[:-1]) > 0.02 * keys.size)
 
 
-def _zstd(words: np.ndarray, strategy: int, stride: int, coders: list[int]) -> Body:
+def _zstd(words: np.ndarray, plan: Plan) -> Body:
     """Write the planes of a strategy, each in its own frame or, where the result is tiny, all in one."""
-    rows = byteplanes.split(_residual(words, strategy, stride))
-    prefix = stride.to_bytes(4, "big") if strategy == strategies.STRIDED else b""
-    searched = words.nbytes > _SMALL and min(coders) < 1 and _repeats(words)
+    strategy = plan.strategy
+    rows = byteplanes.split(_residual(words, strategy, plan.stride))
+    prefix = plan.stride.to_bytes(4, "big") if strategy == strategies.STRIDED else b""
     frames = []
-    for row, coder in zip(rows, coders, strict=True):
+    for row, coder in zip(rows, plan.coders, strict=True):
         if bodies.constant(row):
             frames.append(zframes.Blocks(kind=zframes.RLE, data=row))
             continue
         made = zframes.entropy(row) if coder == _ENTROPY else zframes.compress(row, coder) if coder > 0 else b""
-        if searched and coder < 3:
+        if plan.repeats and coder < 3:
             other = zframes.compress(row, 3)
             made = other if not made or len(other) < len(made) else made
         stored = not made or len(made) >= row.size

@@ -2,6 +2,7 @@
 
 import array
 import dataclasses
+import itertools
 import struct
 
 import numpy as np
@@ -115,7 +116,7 @@ def parse(data: memoryview, limits: Limits) -> Container:
 
 
 def fill(container: Container, limits: Limits, words: np.ndarray, threads: int, chunks: range | None = None) -> None:
-    """Decode chunks and verify their checksums.
+    """Decode chunks and verify their checksums, and with the first chunk the container's own.
 
     Args:
         container: From `parse`.
@@ -141,11 +142,18 @@ def fill(container: Container, limits: Limits, words: np.ndarray, threads: int, 
             payload.verify(chunk, payload.checksum(part))
         return chunk
 
-    heads = list(workers.ordered(one, range(len(chunks)), threads))
-    if together:
+    def several(start: int) -> list[int]:
         rows = words[: firsts[together]].reshape(together, -1)
-        for head, found in zip(heads, payload.row_checksums(rows), strict=False):
-            payload.verify(head, found)
+        return payload.row_checksums(rows[start : start + group])
+
+    results = workers.ordered(one, range(len(chunks)), threads)
+    if chunks.start == 0:
+        check(container)
+    heads = list(results)
+    group = -(-together // threads) if together >= 16 * threads else max(together, 1)
+    found = itertools.chain.from_iterable(workers.ordered(several, range(0, together, group), threads))
+    for head, checksum in zip(heads, found, strict=False):
+        payload.verify(head, checksum)
 
 
 def _even_chunks(firsts: np.ndarray) -> int:

@@ -24,7 +24,7 @@ def encode_file(
     *,
     dtype: str | None = None,
     shape: tuple[int, ...] | None = None,
-    profile: qatc.Profile = "v2",
+    profile: str = "v2",
     chunk: int | None = None,
     stride: int = 0,
     threads: int | None = None,

@@ -8,7 +8,7 @@ import numpy as np
 
 SEED = 0x51415451C0DE0001
 _GOLDEN = 0x9E3779B97F4A7C15
-_LANES = 1 << 16
+_LANES = 1 << 14
 _NORM = 1.2533141  # sqrt(pi / 2), the mean of |x| of a unit normal inverted
 
 
@@ -175,7 +175,7 @@ def sketch(values: np.ndarray, seed: int) -> tuple[np.float32, np.ndarray, np.fl
 def unsketch(codes: np.ndarray, signs: np.ndarray, scale: np.float32, norm: np.float32, seed: int) -> np.ndarray:
     """Rebuild the padded values of mode 5."""
     values = hadamard(dequantize(codes, scale), seed, inverse=True)
-    if norm > 0:
+    if norm > 0 and codes.size:
         wide = np.zeros(codes.size, np.float32)
         wide[: signs.size] = np.where(signs, np.float32(1), np.float32(-1))
         wide = hadamard(wide, seed ^ 0x514A4C5F53524854, inverse=True)

@@ -4,7 +4,7 @@ Two generations share this module. v2 is the format of QATQ 0.4: a sequence of f
 which the `qatq` program decodes. v3 is jaxquant's own: any dtype, shapes, names, random access, and smaller.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -26,13 +26,12 @@ __all__ = [
     "inspect",
 ]
 
-Profile = Literal["v2", "parity", "fast", "balanced", "small"]
 PROFILES = ("v2", "parity", "fast", "balanced", "small")
 MODES = {name: mode for mode, name in payload.MODES.items()}
 
 
 def encode(
-    array: Any, *, profile: Profile = "v2", chunk: int | None = None, stride: int = 0, threads: int | None = None
+    array: Any, *, profile: str = "v2", chunk: int | None = None, stride: int = 0, threads: int | None = None
 ) -> bytes:
     """Encode an array without losing a bit.
 
@@ -195,7 +194,7 @@ def inspect(data: Any, *, limits: Limits | None = None) -> Any:
 
 
 def encode_bytes(
-    data: Any, *, profile: Profile = "v2", chunk: int | None = None, threads: int | None = None
+    data: Any, *, profile: str = "v2", chunk: int | None = None, threads: int | None = None
 ) -> bytes:
     """Encode arbitrary bytes as QATQ's opaque profile does; their length must be kept elsewhere.
 

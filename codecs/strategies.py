@@ -33,13 +33,13 @@ def _predictor(body: memoryview, words: np.ndarray, scale: np.float32, where: st
     if not (np.isfinite(residual) and residual >= 0):
         raise errors.CorruptError(f"{where}: residual scale {residual} is not a finite number from 0")
     octets = np.frombuffer(body, np.uint8)
-    restored = np.empty(words.size, ">u4")
-    runs.read(octets[signs_end:], restored.view(np.uint8), runs.WORDS, where)
+    runs.read(octets[signs_end:], words.view(np.uint8), runs.WORDS, where)
+    words.byteswap(inplace=True)
     codes = lossy.unpack(octets[12:codes_end], padded)
     signs = np.unpackbits(octets[codes_end:signs_end], count=padded, bitorder="little")
     seed = int.from_bytes(body[:8], "big")
     predicted = lossy.predict(codes, signs, scale, residual, seed)[: words.size]
-    np.bitwise_xor(restored, predicted.view(np.uint32), out=words)
+    np.bitwise_xor(words, predicted.view(np.uint32), out=words)
 
 
 def _raw(body: memoryview, words: np.ndarray, scale: np.float32, where: str) -> None:
@@ -49,9 +49,8 @@ def _raw(body: memoryview, words: np.ndarray, scale: np.float32, where: str) -> 
 
 
 def _interleaved_runs(body: memoryview, words: np.ndarray, scale: np.float32, where: str) -> None:
-    swapped = np.empty(words.size, words.dtype.newbyteorder(">"))
-    runs.read(np.frombuffer(body, np.uint8), swapped.view(np.uint8), runs.LONG, where)
-    np.copyto(words, swapped)
+    runs.read(np.frombuffer(body, np.uint8), words.view(np.uint8), runs.LONG, where)
+    words.byteswap(inplace=True)
 
 
 def _plane_runs(body: memoryview, words: np.ndarray, grammar: runs.Grammar, where: str) -> None:

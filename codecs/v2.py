@@ -1,7 +1,7 @@
 """Encode, decode and inspect QATC v2 containers and bare QATQ payloads held in memory."""
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,7 +102,6 @@ def decode(data: memoryview, limits: Limits, threads: int, out: np.ndarray | Non
     """Decode a container or a bare payload; arguments as in `qatc.decode`."""
     if bytes(data[:4]) == container.MAGIC:
         whole = container.parse(data, limits)
-        container.check(whole)
         words = _words(whole.dtype, whole.values, out)
         container.fill(whole, limits, words, threads)
         return payload.as_values(words, whole.dtype)
@@ -129,7 +128,6 @@ def pieces(data: memoryview, limits: Limits, threads: int) -> Iterator[np.ndarra
         yield decode(data, limits, threads)
         return
     whole = container.parse(data, limits)
-    container.check(whole)
     first = 0
     while first < len(whole.starts):
         last = first + 1
@@ -164,9 +162,15 @@ def encode_payload(words: np.ndarray, dtype: str, stride: int) -> bytes:
 
 def encode(words: np.ndarray, dtype: str, *, exact: bool, chunk: int, stride: int, threads: int) -> bytes:
     """Write a container; arguments as in `chunks`."""
-    every = chunks(words, dtype, exact=exact, chunk=chunk, stride=stride, threads=threads)
-    made = list(itertools.chain.from_iterable(every))
-    return b"".join([container.head(words.size, count(words, chunk), fnv.fnv1a_parts(made)), *made])
+    made = []
+
+    def parts() -> Iterator:
+        for chunk_parts in chunks(words, dtype, exact=exact, chunk=chunk, stride=stride, threads=threads):
+            made.extend(chunk_parts)
+            yield from chunk_parts
+
+    checksum = fnv.fnv1a_parts(parts())
+    return b"".join([container.head(words.size, count(words, chunk), checksum), *made])
 
 
 def count(words: np.ndarray, chunk: int) -> int:
@@ -191,24 +195,25 @@ def chunks(
         For every chunk the parts of its length, header and body.
     """
     even = words.size // chunk
-    known: list[int] = []
+    batched = even if fnv.hashes_rows_faster(words, even) else 0
+    # Chunks are planned by eights: a sample each is a tenth of the time of encoding them.
+    plan = functools.cache(lambda first: compact.make_plan(words[first * chunk : (first + 8) * chunk], stride))
 
-    def one(index: int) -> tuple[compact.Body, int | None]:
+    def one(index: int) -> tuple[compact.Body, int]:
         piece = words[index * chunk : (index + 1) * chunk]
-        checksum = None if index < len(known) else payload.checksum(piece)
+        checksum = 0 if index < batched else payload.checksum(piece)
         if exact:
             strategy, body = parity.choose(piece, stride if piece.itemsize == 2 else 0)
             return compact.Body(strategy=strategy, parts=[body]), checksum
-        return compact.choose(piece, stride), checksum
+        return compact.choose(piece, stride, plan(index // 8 * 8) if piece.size >= CHUNK else None), checksum
 
-    if fnv.hashes_rows_faster(words, even):
-        known = payload.row_checksums(words[: even * chunk].reshape(even, chunk))
-    total = count(words, chunk)
-    for index, (body, checksum) in enumerate(workers.ordered(one, range(total), threads)):
+    results = workers.ordered(one, range(count(words, chunk)), threads)
+    known = payload.row_checksums(words[: batched * chunk].reshape(batched, chunk)) if batched else []
+    for index, (body, checksum) in enumerate(results):
         values = min(chunk, words.size - index * chunk)
         yield [
             (payload.HEADER.size + payload.EXACT.size + body.nbytes).to_bytes(4, "big"),
-            payload.head(4, values, known[index] if checksum is None else checksum),
+            payload.head(4, values, known[index] if index < batched else checksum),
             payload.exact_head(body.strategy, dtype),
             *body.parts,
         ]

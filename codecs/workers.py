@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -16,28 +17,28 @@ def available() -> int:
 
 
 def ordered(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """Yield `function(item)` for every item, in order.
+    """Map a function over items, in order; with threads, work begins at once and not when results are asked for.
 
     Args:
         function: Work that releases the interpreter lock for most of its time.
         items: What to map over; consumed as far ahead as results may wait.
         threads: Calls at the same time; 1 runs them in the caller.
 
-    Yields:
+    Returns:
         One result per item.
     """
     if threads == 1:
-        yield from map(function, items)
-        return
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        waiting: collections.deque = collections.deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 16 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        return map(function, items)
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    rest = iter(items)
+    waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(rest, 16 * threads))
+    return _results(function, rest, pool, waiting)
+
+
+def _results(function: Callable, rest: Iterator, pool: concurrent.futures.ThreadPoolExecutor, waiting) -> Iterator:
+    try:
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in itertools.islice(rest, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -44,7 +44,7 @@ def encode(
                 target,
                 dtype=dtype,
                 shape=sizes,
-                profile=profile,  # pyright: ignore[reportArgumentType]  # checked above
+                profile=profile,
                 chunk=chunk,
                 stride=stride,
                 threads=threads,
