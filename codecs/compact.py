@@ -123,9 +123,7 @@ def _sampled(words: np.ndarray, strategy: int, stride: int) -> np.ndarray:
     if strategy == strategies.ZSTD:
         return np.concatenate([words[start : start + _PIECE] for start in starts])
     combine = np.subtract if strategy == strategies.DIFFERENCE else np.bitwise_xor
-    pieces = [
-        combine(words[start : start + _PIECE], words[start - back : start - back + _PIECE]) for start in starts
-    ]
+    pieces = [combine(words[start : start + _PIECE], words[start - back : start - back + _PIECE]) for start in starts]
     return np.concatenate(pieces)
 
 
@@ -138,7 +136,9 @@ def _coder(row: np.ndarray) -> tuple[int, int]:
             sizes[9] = len(zframes.compress(row, 9))
     # A slower coder must save what its time is worth, half a per cent of the plane for a few levels.
     costs = {_STORE: 0, _ENTROPY: 0.003 * row.size}
-    coder = min(sizes, key=lambda level: sizes[level] + costs.get(level, 0.003 * row.size + 0.002 * level * sizes[level]))
+    coder = min(
+        sizes, key=lambda level: sizes[level] + costs.get(level, 0.003 * row.size + 0.002 * level * sizes[level])
+    )
     return coder, sizes[coder]
 
 

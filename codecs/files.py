@@ -74,9 +74,7 @@ def _stream(
         return file.write(v2.encode_payload(words, dtype, stride))
     size = chunk or whole
     file.write(container.head(words.size, v2.count(words, size), 0))
-    made = v2.chunks(
-        words, dtype, exact=False, chunk=size, stride=stride, threads=threads or workers.available()
-    )
+    made = v2.chunks(words, dtype, exact=False, chunk=size, stride=stride, threads=threads or workers.available())
 
     def written() -> Iterator:
         for index, parts in enumerate(made):

@@ -193,9 +193,7 @@ def inspect(data: Any, *, limits: Limits | None = None) -> Any:
         return v2.inspect(view, limits)
 
 
-def encode_bytes(
-    data: Any, *, profile: str = "v2", chunk: int | None = None, threads: int | None = None
-) -> bytes:
+def encode_bytes(data: Any, *, profile: str = "v2", chunk: int | None = None, threads: int | None = None) -> bytes:
     """Encode arbitrary bytes as QATQ's opaque profile does; their length must be kept elsewhere.
 
     Args:

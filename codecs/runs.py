@@ -12,7 +12,7 @@ import numpy as np
 from jaxquant.codecs import errors
 
 ZERO, RAW, REPEAT = 0, 1, 2
-_BLOCK = 1 << 16
+_BLOCK = 1 << 14
 _WINDOW = 1 << 18
 
 

@@ -1,7 +1,6 @@
 """Zstandard frames as QATC holds them: any number in a row, bounded before they are opened, and cheap ones to write."""
 
 import dataclasses
-import itertools
 import threading
 
 import numpy as np
@@ -158,12 +157,19 @@ def join(frames: list[bytes | Blocks]) -> list:
         Parts to be joined; raw blocks are views, not copies.
     """
     parts: list = []
-    for plain, group in itertools.groupby(frames, lambda frame: isinstance(frame, Blocks)):
-        parts += _frame(list(group)) if plain else list(group)
-    return parts
+    waiting: list[Blocks] = []
+    for frame in frames:
+        if isinstance(frame, Blocks):
+            waiting.append(frame)
+            continue
+        parts += [*_frame(waiting), frame]
+        waiting = []
+    return parts + _frame(waiting)
 
 
 def _frame(blocks: list[Blocks]) -> list:
+    if not blocks:
+        return []
     size = sum(block.data.size for block in blocks)
     if size < 256:
         header = b"\x20" + size.to_bytes(1, "little")

@@ -93,9 +93,9 @@ def native() -> dict[str, np.ndarray]:
         "padded": bf16(np.where(token < 384, values, 0)),
         "constant": bf16(np.ones(65536)),
         "constant-high": (0x3F00 + rng.integers(0, 256, 65536)).astype(np.uint16),
-        "geometric-high": ((0x3C - np.minimum(rng.geometric(0.5, 65536), 8)) * 256 + rng.integers(0, 256, 65536)).astype(
-            np.uint16
-        ),
+        "geometric-high": (
+            (0x3C - np.minimum(rng.geometric(0.5, 65536), 8)) * 256 + rng.integers(0, 256, 65536)
+        ).astype(np.uint16),
         "int8-like": bf16(rng.integers(-127, 128, 65536) * 0.0123),
         "zero": np.zeros(65536, np.uint16),
     }

@@ -4,6 +4,7 @@ import io
 import mmap
 import subprocess
 import sys
+import time
 import tracemalloc
 
 import fixtures_qatc
@@ -14,7 +15,7 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxquant.codecs import compact, container, fnv, payload, qatc, v2, zframes
+from jaxquant.codecs import byteplanes, compact, container, fnv, payload, qatc, v2, zframes
 from jaxquant.codecs.errors import CodecError, CorruptError, LimitError, UnsupportedError
 
 DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -25,7 +26,7 @@ def same(left: np.ndarray, right: np.ndarray) -> bool:
 
 
 def test_same_sees_what_equality_does_not():
-    assert not same(np.float32([0.0]), np.float32([-0.0]))
+    assert not same(np.array([0.0], np.float32), np.array([-0.0], np.float32))
     quiet, signalling = np.array([0x7FC00001, 0x7FA12345], np.uint32).view(np.float32).reshape(2, 1)
     assert not same(quiet, signalling)
 
@@ -112,7 +113,10 @@ def test_default_is_never_larger(name):
         ("constant", np.full(1 << 20, 0x3F80, np.uint16)),
         ("constant f32", np.full(1 << 19, 0x3F9D70A4, np.uint32)),
         ("one high byte", (0x3F00 + np.arange(1 << 20) * 37 % 251).astype(np.uint16)),
-        ("sparse", (np.random.default_rng(0).integers(0, 1 << 16, 1 << 20) * (np.arange(1 << 20) % 5 == 0)).astype("u2")),
+        (
+            "sparse",
+            (np.random.default_rng(0).integers(0, 1 << 16, 1 << 20) * (np.arange(1 << 20) % 5 == 0)).astype("u2"),
+        ),
         ("drifting", (0x3D00 + np.arange(1 << 20) % 128 * 101 + np.arange(1 << 20) // 4096).astype(np.uint16)),
     ],
 )
@@ -120,9 +124,9 @@ def test_no_input_is_slow(name, words):
     # QATQ needs 4 to 15 seconds for the first two. The bound is CPU time, hashing included, with much to spare.
     values = words.view(np.float16 if words.itemsize == 2 else np.float32)
     for profile in ("v2", "parity"):
-        start = __import__("time").process_time()
+        start = time.process_time()
         encoded = qatc.encode(values, profile=profile, chunk=values.size, threads=1)
-        assert __import__("time").process_time() - start < 2.5
+        assert time.process_time() - start < 2.5
         assert same(qatc.decode(encoded), values)
 
 
@@ -326,8 +330,6 @@ PLANES = bytes(range(200)) * 8
 )
 def test_zstd_frames(body, valid):
     words = np.empty(400, np.uint32)
-    from jaxquant.codecs import byteplanes
-
     byteplanes.merge(list(np.frombuffer(PLANES, np.uint8).reshape(4, 400)), words)
     data = payload.head(4, 400, payload.checksum(words)) + payload.exact_head(7, "f32") + body
     if valid:

@@ -34,9 +34,7 @@ def greedy(source: list[int], grammar: runs.Grammar) -> list[tuple[int, int, int
         else:
             kind = runs.RAW
             at += 1
-            while (
-                at < len(source) and source[at] and equal(at) < grammar.threshold and at - start < grammar.cap
-            ):
+            while at < len(source) and source[at] and equal(at) < grammar.threshold and at - start < grammar.cap:
                 at += 1
         tokens.append((kind, start, at - start))
     return tokens

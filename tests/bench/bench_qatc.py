@@ -3,7 +3,8 @@
     python tests/bench/bench_qatc.py [--mib 64] [--rounds 5] [--json]
 
 Rounds go through all codecs in turn, so that a busy machine slows all of them; ratios are medians over rounds. With one
-core the process is pinned to it and CPU time is taken, with two it is wall time. "hash" is the share of the time that the two FNV checksums of the format take.
+core the process is pinned to it and CPU time is taken, with two it is wall time. "hash" is the share of the time that
+the two FNV checksums of the format would take on their own.
 """
 
 import argparse
@@ -131,7 +132,7 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(rows))
         return 0
-    print(f"{'cores':5} {'data':8} {'codec':8} {'ratio':>7} {'enc GB/s':>9} {'x zstd':>7} {'dec GB/s':>9} {'x zstd':>7}  hash")
+    print("cores data     codec      ratio  enc GB/s  x zstd  dec GB/s  x zstd  hash of enc / dec")
     for row in rows:
         share = f"{row['hash_of_encode']:.0%} / {row['hash_of_decode']:.0%}" if "hash_of_encode" in row else ""
         print(

@@ -2,8 +2,8 @@
 
     python tests/bench/fuzz_qatc.py --mutations 500000
 
-Every mutation must decode or raise a CodecError, within ten seconds, with memory below four times the limit it was given.
-Anything else stops the run with exit status 1 and the seed that repeats it.
+Every mutation must decode or raise a CodecError, within ten seconds, with memory below four times the limit it was
+given. Anything else stops the run with exit status 1 and the seed that repeats it.
 """
 
 import argparse
@@ -23,9 +23,7 @@ import numpy as np
 from jaxquant.codecs import fnv, qatc
 from jaxquant.codecs.errors import CodecError
 
-LIMITS = qatc.Limits(
-    values=1 << 22, decoded_bytes=1 << 24, encoded_bytes=1 << 24, chunks=1 << 10, chunk_values=1 << 22
-)
+LIMITS = qatc.Limits(values=1 << 22, decoded_bytes=1 << 24, encoded_bytes=1 << 24, chunks=1 << 10, chunk_values=1 << 22)
 SECONDS = 10.0
 INTERESTING = [0, 1, 2, 3, 4, 5, 7, 8, 10, 11, 27, 36, 63, 64, 127, 128, 254, 255, 256, 65535, 65536, 1 << 20, 1 << 22]
 INTERESTING += [(1 << 26) - 1, 1 << 26, (1 << 26) + 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, (1 << 64) - 1]
