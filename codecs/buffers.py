@@ -35,7 +35,10 @@ def opened(source) -> Iterator[memoryview]:
             yield view
     else:
         try:
-            view = memoryview(source.view(np.uint8) if isinstance(source, np.ndarray) else source).cast("B")
+            plain = (
+                np.ascontiguousarray(source).reshape(-1).view(np.uint8) if isinstance(source, np.ndarray) else source
+            )
+            view = memoryview(plain).cast("B")  # pyright: ignore[reportArgumentType]  # arrays are buffers
         except (TypeError, ValueError):
             raise TypeError(f"data: {type(source).__name__} is no contiguous buffer, path or binary file") from None
         yield view
@@ -43,6 +46,7 @@ def opened(source) -> Iterator[memoryview]:
 
 @contextlib.contextmanager
 def _mapped(file) -> Iterator[memoryview]:
+    start = 0
     try:
         start, size = file.tell(), os.fstat(file.fileno()).st_size
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size > start else None

@@ -126,7 +126,7 @@ def decode_file(
                 np.lib.format.write_array_header_1_0(file, header)
             done = 0
             for piece in values:
-                file.write(memoryview(piece.reshape(-1).view(np.uint8)))
+                file.write(piece.reshape(-1).view(np.uint8).data)
                 done += piece.nbytes
                 if progress:
                     progress(done, total)
@@ -170,9 +170,9 @@ def verify_file(
     with _input(source) as view:
         limits, threads = limits or Limits(), threads or workers.available()
         if qatc.is_v3(view):
-            values = qatc.decode(view, limits=limits, threads=threads)
-            total = sum(part.nbytes for part in (values.values() if isinstance(values, dict) else [values]))
-            return {"raw_bytes": total, "bytes": len(view), "valid": True}
+            with qatc.open(view, limits=limits) as reader:
+                reader.verify()
+            return {"raw_bytes": qatc.inspect(view, limits=limits).raw_nbytes, "bytes": len(view), "valid": True}
         total, done = v2.inspect(view, limits).raw_nbytes, 0
         for piece in v2.pieces(view, limits, threads):
             done += piece.nbytes

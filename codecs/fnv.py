@@ -26,7 +26,7 @@ _SMALL = 8192
 _XLA_BLOCK = 4 << 20
 _XLA_IMPORT = 64 << 20
 _XLA_ROWS = 8
-_XLA_WORDS = 1 << 14
+_XLA_WORDS = 1 << 12
 
 
 def fnv1a(data, state: int = OFFSET) -> int:
@@ -46,11 +46,12 @@ def fnv1a(data, state: int = OFFSET) -> int:
     octets = np.frombuffer(data, np.uint8)
     start = 0
     if xla := _xla(octets.size):
-        for steps in xla.STEPS:
-            while octets.size - start >= (size := xla.LANES * steps):
-                words = octets[start : start + size].view(np.uint64).reshape(xla.LANES, -1)
-                state = _xla_lanes(xla, words, state)
-                start += size
+        with xla.wide():
+            for steps in xla.STEPS:
+                while octets.size - start >= (size := xla.LANES * steps):
+                    words = octets[start : start + size].view(np.uint64).reshape(xla.LANES, -1)
+                    state = _xla_lanes(xla, words, state)
+                    start += size
     while (left := octets.size - start) >= _SMALL:
         lanes = min(left // _STEPS, _LANES)
         state = _lanes(octets[start : start + lanes * _STEPS].reshape(lanes, _STEPS), state)
@@ -95,15 +96,15 @@ def fnv1a_rows(words: np.ndarray, *, swapped: bool = False) -> list[int]:
     """
     octets = words.view(np.uint8)
     states, done = [OFFSET] * len(words), 0
-    if hashes_rows_faster(words, len(words)):
-        xla = _xla(words.nbytes)
+    if len(words) >= _XLA_ROWS and (xla := _xla(words.nbytes)):
         wide, lanes = octets[:, : octets.shape[1] // 8 * 8].view(np.uint64), np.full(len(words), OFFSET, np.uint64)
         # Rows a power of two apart share their cache sets, so they are transposed from a copy with another pitch.
         pitched = np.empty((len(words), _XLA_WORDS + 8), np.uint64)[:, :_XLA_WORDS]
-        while wide.shape[1] - done >= _XLA_WORDS:
-            np.copyto(pitched, wide[:, done : done + _XLA_WORDS])
-            lanes = xla.hashes(lanes, np.ascontiguousarray(pitched.T), swapped=swapped)
-            done += _XLA_WORDS
+        with xla.wide():
+            while wide.shape[1] - done >= _XLA_WORDS:
+                np.copyto(pitched, wide[:, done : done + _XLA_WORDS])
+                lanes = xla.hashes(lanes, np.ascontiguousarray(pitched.T), swapped=swapped)
+                done += _XLA_WORDS
         states = lanes.tolist()
     tails = words[:, done * 8 // words.itemsize :]
     return [fnv1a_words(tail, state, swapped=swapped) for tail, state in zip(tails, states, strict=True)]

@@ -4,11 +4,12 @@ Two generations share this module. v2 is the format of QATQ 0.4: a sequence of f
 which the `qatq` program decodes. v3 is jaxquant's own: any dtype, shapes, names, random access, and smaller.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 
-from jaxquant.codecs import bodies, buffers, compact, container, lossy, parity, payload, v2, workers
+from jaxquant.codecs import bodies, buffers, compact, container, lossy, parity, payload, summary, v2, workers
 from jaxquant.codecs.errors import CodecError, CorruptError, LimitError, UnsupportedError
 from jaxquant.codecs.limits import Limits
 
@@ -24,6 +25,7 @@ __all__ = [
     "encode_bytes",
     "encode_payload",
     "inspect",
+    "open",
 ]
 
 PROFILES = ("v2", "parity", "fast", "balanced", "small")
@@ -160,8 +162,7 @@ def decode(
         if is_v3(view):
             from jaxquant.codecs import v3
 
-            allowed = v3.Limits(total_bytes=limits.decoded_bytes, chunks=limits.chunks)
-            return v3.decode(view, limits=allowed, threads=_threads(threads), out=out)
+            return v3.decode(view, limits=_v3_limits(limits), threads=_threads(threads), out=out)
         return v2.decode(view, limits, _threads(threads), out)
 
 
@@ -173,24 +174,66 @@ def inspect(data: Any, *, limits: Limits | None = None) -> Any:
         limits: As in `decode`.
 
     Returns:
-        A `v2.Summary`, or what v3 says of its own files; both have `as_dict()`.
+        A `summary.Summary`, or a `summary.TensorsSummary` of a v3 file.
 
     Raises:
         CodecError: The file's structure is not valid; checksums are not looked at.
 
     Example:
         >>> import numpy as np
-        >>> summary = inspect(encode(np.zeros(100_000, np.float32), chunk=60_000))
-        >>> summary.format, summary.dtype, summary.values, [chunk.strategy for chunk in summary.chunks]
-        ('QATC v2', 'f32', 100000, ['byte-rle', 'byte-rle'])
+        >>> found = inspect(encode(np.zeros(100_000, np.float32), chunk=60_000))
+        >>> found.format, found.dtype, found.values, [chunk.strategy for chunk in found.chunks]
+        ('QATC v2', 'f32', 100000, ['byte-plane-blocks', 'byte-plane-blocks'])
     """
     limits = limits or Limits()
     with buffers.opened(data) as view:
         if is_v3(view):
-            from jaxquant.codecs import v3
-
-            return v3.inspect(view, limits=v3.Limits(total_bytes=limits.decoded_bytes, chunks=limits.chunks))
+            with _reader(view, limits) as reader:
+                tensors = tuple(
+                    summary.Tensor(
+                        name=name,
+                        dtype=reader.dtypes[name].name,
+                        shape=shape,
+                        raw_nbytes=math.prod(shape) * reader.dtypes[name].itemsize,
+                    )
+                    for name, shape in reader.shapes.items()
+                )
+            return summary.TensorsSummary(
+                format="QATC v3",
+                raw_nbytes=sum(tensor.raw_nbytes for tensor in tensors),
+                nbytes=len(view),
+                tensors=tensors,
+            )
         return v2.inspect(view, limits)
+
+
+def open(source: Any, *, size: int | None = None, limits: Limits | None = None) -> Any:  # noqa: A001
+    """Open a v3 file to read parts of it: the tokens of one layer without the rest.
+
+    Args:
+        source: Buffer, path, seekable binary file, or a callable `read(offset, length)`.
+        size: Bytes of the file, needed for a callable only.
+        limits: As in `decode`.
+
+    Returns:
+        A `v3.Reader`, which is a context manager.
+
+    Raises:
+        UnsupportedError: Not a v3 file; v2 has no index, so it is decoded as a whole.
+    """
+    return _reader(source, limits or Limits(), size)
+
+
+def _reader(source: Any, limits: Limits, size: int | None = None) -> Any:
+    from jaxquant.codecs import v3
+
+    return v3.open(source, size=size, limits=_v3_limits(limits))
+
+
+def _v3_limits(limits: Limits) -> Any:
+    from jaxquant.codecs import v3
+
+    return v3.Limits(total_bytes=limits.decoded_bytes, chunks=limits.chunks)
 
 
 def encode_bytes(data: Any, *, profile: str = "v2", chunk: int | None = None, threads: int | None = None) -> bytes:
@@ -241,14 +284,14 @@ def decode_bytes(data: Any, length: int, *, chunk: int | None = None, limits: Li
     with buffers.opened(data) as view:
         if bytes(view[:4]) != container.MAGIC or is_v3(view):
             raise UnsupportedError("container, offset 0: opaque bytes are kept in QATC v2 containers")
-        summary = v2.inspect(view, limits)
-        sizes = [piece.values for piece in summary.chunks]
+        found = v2.inspect(view, limits)
+        sizes = [piece.values for piece in found.chunks]
         if chunk is not None and sizes != [
-            min(chunk, summary.values - first) for first in range(0, max(summary.values, 1), chunk)
+            min(chunk, found.values - first) for first in range(0, max(found.values, 1), chunk)
         ]:
             raise CorruptError(f"container: chunks of {sizes[:3]} values and on, not of {chunk}")
-        if summary.dtype != "f32" or summary.values != -(-length // 4):
-            raise CorruptError(f"container: {summary.values} values of {summary.dtype} do not hold {length} bytes")
+        if found.dtype != "f32" or found.values != -(-length // 4):
+            raise CorruptError(f"container: {found.values} values of {found.dtype} do not hold {length} bytes")
         octets = v2.decode(view, limits, 1).view(np.uint8)
     if octets[length:].any():
         raise CorruptError("container: the padding after the last byte is not zero")

@@ -1,66 +1,16 @@
 """Encode, decode and inspect QATC v2 containers and bare QATQ payloads held in memory."""
 
-import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from jaxquant.codecs import compact, container, fnv, parity, payload, workers
 from jaxquant.codecs.limits import Limits
 from jaxquant.codecs.strategies import STRATEGIES
+from jaxquant.codecs.summary import Chunk, Summary
 
 CHUNK = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """One payload as `inspect` sees it.
-
-    Attributes:
-        offset: Of the payload, in bytes from the start of the file.
-        nbytes: Of the payload.
-        values: Elements in it.
-        mode: QATQ's name of the mode.
-        strategy: QATQ's name of the exact strategy, empty in other modes.
-    """
-
-    offset: int
-    nbytes: int
-    values: int
-    mode: str
-    strategy: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
-    """A file as `inspect` sees it.
-
-    Attributes:
-        format: "QATC v2" or "QATQ v1".
-        dtype: "f32", "f16" or "bf16".
-        values: Elements.
-        raw_nbytes: Bytes of the decoded values.
-        nbytes: Bytes of the file.
-        chunks: Its payloads.
-    """
-
-    format: str
-    dtype: str
-    values: int
-    raw_nbytes: int
-    nbytes: int
-    chunks: tuple[Chunk, ...]
-
-    @property
-    def ratio(self) -> float:
-        """Encoded bytes per decoded byte."""
-        return self.nbytes / self.raw_nbytes if self.raw_nbytes else float("inf")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        return dataclasses.asdict(self) | {"ratio": self.nbytes / self.raw_nbytes if self.raw_nbytes else None}
 
 
 def inspect(data: memoryview, limits: Limits) -> Summary:

@@ -183,5 +183,5 @@ def _frame(blocks: list[Blocks]) -> list:
             piece = block.data[first : first + _BLOCK]
             last = block is blocks[-1] and first + _BLOCK >= block.data.size
             parts.append((piece.size << 3 | block.kind << 1 | last).to_bytes(3, "little"))
-            parts.append(memoryview(piece[:1] if block.kind == RLE else piece))
+            parts.append((piece[:1] if block.kind == RLE else piece).data)
     return parts

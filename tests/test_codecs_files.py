@@ -152,8 +152,8 @@ def test_replacing(tmp_path, monkeypatch, unnamed):
         file.write(b"two")
     assert link.is_symlink()
     assert path.read_bytes() == b"two"
-    with pytest.raises(TypeError), atomic.replacing(path) as file:
-        file.writelines([b"three", 3])
+    with pytest.raises(ValueError, match="whence"), atomic.replacing(path) as file:
+        file.seek(file.write(b"three"), 9)
     assert path.read_bytes() == b"two"
     assert sorted(found.name for found in tmp_path.iterdir()) == ["link", "x"]
     umask = os.umask(0)

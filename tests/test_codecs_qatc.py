@@ -380,3 +380,15 @@ def test_codecs_do_not_import_jax():
     small = "import numpy as np; from jaxquant.codecs import qatc; qatc.decode(qatc.encode(np.ones(99, np.float32)))"
     assert _imported(small).startswith("False")
     assert _imported("import jax").startswith("True")
+
+
+def test_v3_is_found_by_its_version_byte():
+    pytest.importorskip("jaxquant.codecs.v3")
+    values = np.arange(24, dtype=np.int8).reshape(2, 3, 4)
+    encoded = qatc.encode(values, profile="balanced", threads=1)
+    assert same(qatc.decode(encoded), values)
+    assert qatc.inspect(encoded).tensors[0].shape == (2, 3, 4)
+    with pytest.raises(LimitError):
+        qatc.decode(encoded, limits=qatc.Limits(decoded_bytes=23))
+    with qatc.open(encoded) as reader:
+        assert reader.names == ("",)

@@ -8,6 +8,7 @@ the two FNV checksums of the format would take on their own.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -43,16 +44,18 @@ def codecs(values: np.ndarray, threads: int) -> dict[str, tuple[Callable, Callab
     """Return encode and decode of every codec."""
     from jaxquant.codecs import qatc
 
-    raw = memoryview(values.view(np.uint8))
+    raw = values.view(np.uint8).data
     found: dict[str, tuple[Callable, Callable]] = {
         "zstd -3": (zstandard.ZstdCompressor(level=3).compress, zstandard.ZstdDecompressor().decompress),
         "zstd -1": (zstandard.ZstdCompressor(level=1).compress, zstandard.ZstdDecompressor().decompress),
     }
     if importlib.util.find_spec("lz4"):
-        import lz4.frame
+        import lz4.frame  # pyright: ignore[reportMissingImports]
 
         found["lz4"] = (lz4.frame.compress, lz4.frame.decompress)
-    bound = {name: (lambda encode=encode: encode(raw), decode) for name, (encode, decode) in found.items()}
+    bound: dict[str, tuple[Callable, Callable]] = {
+        name: (functools.partial(encode, raw), decode) for name, (encode, decode) in found.items()
+    }
     bound["v2"] = (
         lambda: qatc.encode(values, threads=threads),
         lambda encoded: qatc.decode(encoded, threads=threads),
