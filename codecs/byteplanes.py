@@ -8,12 +8,21 @@ import numpy as np
 _BLOCK = 1 << 18
 
 
-def split(words: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def plane(words: np.ndarray, index: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Return one byte of every word, 0 being the most significant."""
+    row = np.empty(words.size, np.uint8) if out is None else out
+    shift = 8 * (words.itemsize - 1 - index)
+    for first in range(0, words.size, _BLOCK):
+        block = words[first : first + _BLOCK]
+        np.copyto(row[first : first + _BLOCK], block >> shift if shift else block, casting="unsafe")
+    return row
+
+
+def split(words: np.ndarray) -> np.ndarray:
     """Separate words into byte planes.
 
     Args:
         words: Unsigned 16- or 32-bit words, one axis.
-        out: Bytes to write, `[width, n]`.
 
     Returns:
         Bytes, `[width, n]`.
@@ -22,13 +31,9 @@ def split(words: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         >>> split(np.array([0x0102, 0x0304], np.uint16)).tolist()
         [[1, 3], [2, 4]]
     """
-    planes = np.empty((words.itemsize, words.size), np.uint8) if out is None else out
-    for first in range(0, words.size, _BLOCK):
-        block = words[first : first + _BLOCK]
-        for plane, row in enumerate(planes[:-1]):
-            high = block >> (8 * (words.itemsize - 1 - plane))
-            np.copyto(row[first : first + _BLOCK], high, casting="unsafe")
-        np.copyto(planes[-1, first : first + _BLOCK], block, casting="unsafe")
+    planes = np.empty((words.itemsize, words.size), np.uint8)
+    for index, row in enumerate(planes):
+        plane(words, index, row)
     return planes
 
 

@@ -158,10 +158,12 @@ def _repeats(words: np.ndarray) -> bool:
 def _zstd(words: np.ndarray, plan: Plan) -> Body:
     """Write the planes of a strategy, each in its own frame or, where the result is tiny, all in one."""
     strategy = plan.strategy
-    rows = byteplanes.split(_residual(words, strategy, plan.stride))
+    residual = _residual(words, strategy, plan.stride)
     prefix = plan.stride.to_bytes(4, "big") if strategy == strategies.STRIDED else b""
     frames = []
-    for row, coder in zip(rows, plan.coders, strict=True):
+    for index, coder in enumerate(plan.coders):
+        # Each plane has memory of its own, so that only those that are stored as they are stay behind.
+        row = byteplanes.plane(residual, index)
         if bodies.constant(row):
             frames.append(zframes.Blocks(kind=zframes.RLE, data=row))
             continue
@@ -174,6 +176,7 @@ def _zstd(words: np.ndarray, plan: Plan) -> Body:
     apart = Body(strategy=strategy, parts=[prefix, *zframes.join(frames)])
     if apart.nbytes > _TINY:
         return apart
+    rows = byteplanes.split(residual)
     together = [Body(strategy=strategy, parts=[prefix, zframes.compress(rows, level)]) for level in (3, 9)]
     return min([apart, *together], key=_nbytes)
 

@@ -14,6 +14,7 @@ Source: Fowler, Noll and Vo, "The FNV Non-Cryptographic Hash Algorithm", IETF dr
 import functools
 import importlib.util
 import sys
+import types
 from collections.abc import Iterable
 
 import numpy as np
@@ -44,8 +45,13 @@ def fnv1a(data, state: int = OFFSET) -> int:
         'af63dc4c8601ec8c'
     """
     octets = np.frombuffer(data, np.uint8)
+    return _stream(octets, state, _xla(octets.size))
+
+
+def _stream(octets: np.ndarray, state: int, xla: types.ModuleType | None) -> int:
+    """Hash bytes, by the compiled loops as far as they go if they are given."""
     start = 0
-    if xla := _xla(octets.size):
+    if xla:
         with xla.wide():
             for steps in xla.STEPS:
                 while octets.size - start >= (size := xla.LANES * steps):
@@ -71,7 +77,7 @@ def fnv1a_parts(parts: Iterable, state: int = OFFSET) -> int:
     Returns:
         The 64-bit hash.
     """
-    block, filled = np.empty(_XLA_BLOCK, np.uint8), 0
+    block, filled, xla = np.empty(_XLA_BLOCK, np.uint8), 0, None
     for part in parts:
         octets = np.frombuffer(part, np.uint8)
         while octets.size:
@@ -80,8 +86,9 @@ def fnv1a_parts(parts: Iterable, state: int = OFFSET) -> int:
             filled += taken.size
             octets = octets[taken.size :]
             if filled == block.size:
-                state, filled = fnv1a(block, state), 0
-    return fnv1a(block[:filled], state)
+                xla = xla or _xla(block.size)
+                state, filled = _stream(block, state, xla), 0
+    return _stream(block[:filled], state, xla)
 
 
 def fnv1a_rows(words: np.ndarray, *, swapped: bool = False) -> list[int]:
@@ -124,7 +131,7 @@ def fnv1a_words(words: np.ndarray, state: int = OFFSET, *, swapped: bool = False
     return state
 
 
-def _xla(size: int):
+def _xla(size: int) -> types.ModuleType | None:
     """The compiled loops, if they are worth it: JAX is there already, or is cheap next to the input and harmless.
 
     Importing JAX where it finds an accelerator would claim that accelerator's memory for a checksum.
