@@ -1,0 +1,90 @@
+"""Bytes from wherever a caller has them, and words from whatever array: without a copy where that is possible."""
+
+import contextlib
+import mmap
+import os
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxquant.codecs import payload
+
+_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+@contextlib.contextmanager
+def opened(source) -> Iterator[memoryview]:
+    """Give a view of the bytes of a source while it is needed.
+
+    Args:
+        source: Any C-contiguous buffer (bytes, memoryview, mmap, array), a path, or a binary file object. A file on
+            disk is mapped into memory from its position, anything else is read to its end.
+
+    Yields:
+        Its bytes.
+
+    Raises:
+        TypeError: The source is none of these.
+    """
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file, opened(file) as view:
+            yield view
+    elif hasattr(source, "read") and not isinstance(source, mmap.mmap):
+        with _mapped(source) as view:
+            yield view
+    else:
+        try:
+            plain = (
+                np.ascontiguousarray(source).reshape(-1).view(np.uint8) if isinstance(source, np.ndarray) else source
+            )
+            view = memoryview(plain).cast("B")  # pyright: ignore[reportArgumentType]  # arrays are buffers
+        except (TypeError, ValueError):
+            raise TypeError(f"data: {type(source).__name__} is no contiguous buffer, path or binary file") from None
+        yield view
+
+
+@contextlib.contextmanager
+def _mapped(file) -> Iterator[memoryview]:
+    start = 0
+    try:
+        start, size = file.tell(), os.fstat(file.fileno()).st_size
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size > start else None
+    except (OSError, ValueError, AttributeError):
+        mapped = None
+    if mapped is None:
+        yield memoryview(file.read())
+        return
+    # The result of a decode never refers to the mapping, but an exception's traceback may: it closes with them.
+    yield memoryview(mapped)[start:]
+
+
+def words_of(array) -> tuple[np.ndarray, str]:
+    """View an array as unsigned words.
+
+    Args:
+        array: float32, float16 or bfloat16, one axis; anything `numpy.asarray` understands.
+
+    Returns:
+        Contiguous native words, and the dtype's name on the wire.
+
+    Raises:
+        ValueError: QATC v2 cannot express the array.
+    """
+    values = np.asarray(array)
+    if values.dtype.name not in _NAMES:
+        raise ValueError(
+            f"array: dtype {values.dtype.name} is none of float32, float16, bfloat16, all that QATC v2 can express; "
+            'profile="balanced" stores every dtype'
+        )
+    if values.ndim != 1:
+        raise ValueError(
+            f"array: shape {values.shape}, but QATC v2 stores no shape; pass array.reshape(-1), "
+            'or profile="balanced" to keep it'
+        )
+    dtype = _NAMES[values.dtype.name]
+    values = np.ascontiguousarray(values)
+    words = values.view(f"u{payload.WIDTHS[dtype]}")
+    if values.dtype.byteorder not in ("=", "|", "<" if sys.byteorder == "little" else ">"):
+        words = words.byteswap()
+    return words, dtype
