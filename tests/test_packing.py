@@ -100,7 +100,7 @@ def test_wrong_arguments_are_named():
         packing.unpack(jnp.zeros((2, 0), jnp.uint8), bits=4, length=-1)
 
 
-class jaxtyping_off:  # noqa: N801
+class jaxtyping_off:
     """The package's own checks, as users meet them: without the type checker of the test run in front."""
 
     def __enter__(self):

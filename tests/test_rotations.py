@@ -108,7 +108,7 @@ def test_second_round_mixes_a_one_hot_vector():
     one = matrices()[0]["one round", 128][5]
     np.testing.assert_allclose(np.abs(one), 128**-0.5, rtol=1e-6)
     two = matrices()[0]["hadamard", 128][5] * 128**0.5
-    # Sums of 128 signs over sqrt(128): kurtosis 3 - 2 / 128, and the mean of 128 fourth powers has deviation sqrt(96/128).
+    # Nearly normal: fourth moment 3, and the mean of 128 fourth powers deviates by sqrt(96 / 128).
     assert abs(np.mean(two**4) - 3) < 5 * np.sqrt(96 / 128)
     assert np.mean(two**4) > 1.5
 
