@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 import jaxquant
+from jaxquant import qatc_cli
 
 app = typer.Typer(
     name="jaxquant",
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(qatc_cli.app, name="qatc")
 out, err = Console(), Console(stderr=True)
 
 ModelDir = Annotated[
