@@ -107,4 +107,3 @@ def test_wrong_arguments_are_named():
         packing.unpack(jnp.zeros((2, 5), jnp.uint8), bits=4, length=8)
     with pytest.raises(ValueError, match="length must not be negative, got -1"):
         packing.unpack(jnp.zeros((2, 0), jnp.uint8), bits=4, length=-1)
-
