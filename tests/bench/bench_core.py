@@ -1,6 +1,6 @@
 """Two tables: which rotation makes which input Gaussian, and what coding costs against one matrix product.
 
-    python tests/bench/bench_core.py [--json] [--keys 64] [--rounds 9]
+    python tests/bench/bench_core.py [--json] [--keys 256] [--rounds 9]
 
 Errors are means over many keys of |x - y|^2 / |x|^2; a rotation is supported by the table where it is nowhere more than
 3 % worse than the dense one on Gaussian vectors. Times are medians of interleaved runs as multiples of one
@@ -140,8 +140,8 @@ def main() -> int:
     """Print both tables; exit with 1 where a speed is missed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    parser.add_argument("--keys", type=int, default=64, help="rotations drawn for each mean")
-    parser.add_argument("--vectors", type=int, default=128, help="vectors for each rotation")
+    parser.add_argument("--keys", type=int, default=256, help="rotations drawn for each mean")
+    parser.add_argument("--vectors", type=int, default=32, help="vectors for each rotation")
     parser.add_argument("--rounds", type=int, default=9, help="timed runs of every call")
     arguments = parser.parse_args()
     quality, speed = errors(arguments.keys, arguments.vectors), speeds(arguments.rounds)
