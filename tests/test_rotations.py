@@ -81,6 +81,15 @@ def test_hadamard_transform_is_sylvesters_matrix_on_powers_of_two():
             assert not np.allclose(got, np.roll(want, 1, axis=1))
 
 
+def test_hadamard_transform_elsewhere_is_sylvesters_matrix_times_hartleys():
+    """The transform is part of what stored codes mean, so another symmetric matrix would not do as well."""
+    odd = np.arange(3) * np.arange(3)[:, None] * 2 * np.pi / 3
+    want = np.kron((np.cos(odd) + np.sin(odd)) / np.sqrt(3), sylvester(4))
+    got = np.asarray(rotations.hadamard_transform(jnp.eye(12)))
+    np.testing.assert_allclose(got, want, atol=16 * EPS)
+    assert not np.allclose(got, np.kron(sylvester(4), (np.cos(odd) + np.sin(odd)) / np.sqrt(3)), atol=1e-3)
+
+
 def test_hadamard_transform_elsewhere_is_symmetric_and_its_own_inverse():
     dims = (6, 80, 96, 112, 576)
     result = transforms([np.eye(dim, dtype=np.float32) for dim in dims])
