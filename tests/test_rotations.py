@@ -170,6 +170,17 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once(name):
 
 
 @pytest.mark.parametrize("name", ["haar", "hadamard", "rotor"])
+def test_products_are_full_float32_on_every_platform(name):
+    """GPUs and TPUs multiply float32 in fewer bits unless told otherwise; a CPU would not show it."""
+    made = MAKERS[name](KEY, 96)
+    for turn in (made.rotate, made.unrotate):
+        lowered = jax.jit(turn).lower(jax.ShapeDtypeStruct((2, 96), jnp.float32)).as_text()
+        products = [line for line in lowered.splitlines() if "dot_general" in line]
+        assert products
+        assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
+@pytest.mark.parametrize("name", ["haar", "hadamard", "rotor"])
 def test_the_key_decides(name):
     same, again, other = (jax.tree.leaves(MAKERS[name](jax.random.key(seed), 64))[0] for seed in (0, 0, 1))
     np.testing.assert_array_equal(same, again)
