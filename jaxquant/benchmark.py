@@ -162,10 +162,10 @@ def speed(quantizer: Quantizer, x: Float[Array, "count dim"], *, repeats: int = 
             times[repeat, i] = time.perf_counter() - start
     product, quantize, dequantize = np.median(times, axis=0)
     return Speed(
-        quantize=x.shape[0] / quantize,
-        dequantize=x.shape[0] / dequantize,
-        quantize_ratio=quantize / product,
-        dequantize_ratio=dequantize / product,
+        quantize=float(x.shape[0] / quantize),
+        dequantize=float(x.shape[0] / dequantize),
+        quantize_ratio=float(quantize / product),
+        dequantize_ratio=float(dequantize / product),
     )
 
 
