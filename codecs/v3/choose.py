@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxquant.codecs import coders, fields, planes
-from jaxquant.codecs.coders import Bytes
-from jaxquant.codecs.planes import Words
+from jaxquant.codecs.v3 import coders, halves, planes, symbols
+from jaxquant.codecs.v3.coders import Bytes
+from jaxquant.codecs.v3.planes import Words
 
 HUFFMAN_LOSS = 0.035  # bits per symbol above the entropy, code tables included
 ESCAPE_BITS = 20
@@ -47,13 +47,13 @@ class Plan:
     """One way to split a chunk and what it is expected to cost."""
 
     bits: float
-    split: Bytes | fields.SymbolModel | int
+    split: Bytes | symbols.Model | int
     """A base row of 4-bit exponents, a model of symbols, or the predictor of byte planes."""
 
 
 def _rows(words: Words, cols: int, indices: np.ndarray) -> np.ndarray:
-    halves = fields.top_halves(words.reshape(-1, cols)[indices].reshape(-1)).reshape(-1, cols)
-    return halves if words.itemsize == 2 else halves.copy()
+    tops = halves.top_halves(words.reshape(-1, cols)[indices].reshape(-1)).reshape(-1, cols)
+    return tops if words.itemsize == 2 else tops.copy()
 
 
 def _binary_entropy(share: np.ndarray) -> np.ndarray:
@@ -113,11 +113,11 @@ def _nibbles(sample: _Sample, itemsize: int) -> Plan:
     return Plan(8 * itemsize - 8 + entropy + HUFFMAN_LOSS / 2 + lost * ESCAPE_BITS, base)
 
 
-def _tiled_entropy(symbols: np.ndarray, tile: int) -> float:
+def _tiled_entropy(coded: np.ndarray, tile: int) -> float:
     """Return the entropy of symbols given the tile of columns they are in."""
-    cols = symbols.shape[1]
+    cols = coded.shape[1]
     index = np.arange(cols, dtype=np.uint32) // tile
-    return coders.entropy(symbols + index * 256) - math.log2(cols // tile)
+    return coders.entropy(coded + index * 256) - math.log2(cols // tile)
 
 
 def _symbols(sample: _Sample, rows: int, itemsize: int, context: int) -> list[Plan]:
@@ -135,20 +135,20 @@ def _symbols(sample: _Sample, rows: int, itemsize: int, context: int) -> list[Pl
     previous = (doubt[1] < doubt[0]) & (context > 0)
     negative = np.where(previous, flips, usual) > 0.5
     base = ((magnitude + (negative.astype(np.int32) << (15 - shift))) & (0xFFFF >> shift)).astype(np.uint16)
-    against = np.where(previous, fields.SIGN, np.uint16(0)).astype(np.uint16)
+    against = np.where(previous, symbols.SIGN, np.uint16(0)).astype(np.uint16)
     coded = ((sample.halves ^ (before & against))[sample.few] >> shift) - base
-    symbols = (coded & 0x7F) | ((coded >> (8 - shift)) & 0x80) if shift == 4 else coded & 0xFF
-    entropy, cols = coders.entropy(symbols), symbols.shape[1]
+    found = (coded & 0x7F) | ((coded >> (8 - shift)) & 0x80) if shift == 4 else coded & 0xFF
+    entropy, cols = coders.entropy(found), found.shape[1]
     tile = next((narrow for narrow in (32, 64, 128, 256) if cols % narrow == 0 and rows * narrow >= 1 << 16), cols)
     laid: list[tuple[float, int, np.ndarray | None]] = [(entropy, cols, None)]
     if tile < cols and context:
-        tiled = _tiled_entropy(symbols, tile) + 0.02
+        tiled = _tiled_entropy(found, tile) + 0.02
         laid = [(tiled, tile, None) if tiled < entropy else (entropy, cols, None)]
         if context > 1 and cols <= 1 << 16:
             alike = np.lexsort((sample.typical, doubt.min(axis=0)))
-            laid.append((_tiled_entropy(symbols[:, alike], tile) + 0.02, tile, alike))
+            laid.append((_tiled_entropy(found[:, alike], tile) + 0.02, tile, alike))
     fixed = 8 * itemsize - (16 - shift) + HUFFMAN_LOSS + lost * ESCAPE_BITS
-    return [Plan(fixed + bits, fields.SymbolModel(shift, base, against, tile, order)) for bits, tile, order in laid]
+    return [Plan(fixed + bits, symbols.Model(shift, base, against, tile, order)) for bits, tile, order in laid]
 
 
 def _plane_bits(words: Words, repeats: bool, level: int) -> float:
