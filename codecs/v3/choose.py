@@ -161,14 +161,14 @@ def _plane_bits(words: Words, repeats: bool, level: int) -> float:
     return total
 
 
-def _planes(words: Words, cols: int, exponent_bits: int, repeats: bool, level: int) -> list[Plan]:
-    """Cost the byte planes of a run of consecutive rows, plain and as differences."""
+def _planes(words: Words, cols: int, exponent_bits: int, repeats: bool, level: int, *, differences: bool) -> list[Plan]:
+    """Cost the byte planes of a run of consecutive rows, plain and, if wanted, as differences."""
     rows = words.size // cols
     count = min(rows, max(4, min(64 if repeats else 16, (1 << 14) // cols)))
     first = (rows - count) // 2
     run = words[first * cols : (first + count) * cols]
     found = [Plan(_plane_bits(run, repeats, level), planes.NONE)]
-    if count < 4:
+    if count < 4 or not differences:
         return found
     ordered = planes.ORDERED if exponent_bits else 0
     for predictor in (planes.DELTA | ordered, planes.DELTA_TWICE | ordered, planes.XOR):
@@ -192,6 +192,9 @@ def recurring(words: Words, cols: int) -> bool:
 def plans(words: Words, cols: int, exponent_bits: int, repeats: bool, profile: Profile) -> list[Plan]:
     """Return the ways to split a chunk that are worth encoding in full, cheapest estimate first.
 
+    Where values recur byte planes come before the others: matches make them smaller than estimated, and what they
+    really cost shows whether the others are worth the time.
+
     Args:
         words: `rows * cols` words, flat.
         cols: words per row; a column is a channel.
@@ -200,14 +203,17 @@ def plans(words: Words, cols: int, exponent_bits: int, repeats: bool, profile: P
         profile: what may be spent.
     """
     rows = words.size // cols
-    found = []
+    found, smooth = [], True
     if rows >= 8 and exponent_bits and cols * 4 <= words.size:
         sample = _Sample(words, cols, exponent_bits)
+        smooth = sample.smooth()
         if exponent_bits == 8 and words.itemsize > 1:
             found.append(_nibbles(sample, words.itemsize))
         if profile.symbols or not found:
             found += _symbols(sample, rows, words.itemsize, profile.context)
-        if not repeats and not sample.smooth():
+        if not repeats and not smooth:
             return sorted(found, key=lambda plan: plan.bits)[: profile.trials]
-    found += _planes(words, cols, exponent_bits, repeats or not exponent_bits, profile.levels[1])
-    return sorted(found, key=lambda plan: plan.bits)[: profile.trials + repeats]
+    matched = repeats or not exponent_bits
+    found += _planes(words, cols, exponent_bits, matched, profile.levels[1], differences=smooth)
+    best = sorted(found, key=lambda plan: plan.bits)[: profile.trials + repeats]
+    return sorted(best, key=lambda plan: not isinstance(plan.split, int)) if repeats else best
