@@ -38,6 +38,11 @@ class Stack:
     values: Store
 
     @property
+    def layers(self) -> int:
+        """Layers of the stack."""
+        return self.keys.sinks.shape[0]
+
+    @property
     def sinks(self) -> int:
         """Tokens at the start of a row that are exact."""
         return self.keys.sinks.shape[3]
@@ -82,7 +87,7 @@ def write(
 
     Args:
         store: to write to.
-        index: of the layer within the stack.
+        index: of the layer within the stack; beyond the last one, nothing is stored.
         x: the tokens.
         position: of each token in its row; tokens at `length` or beyond are dropped.
         length: of each row, the new tokens included.

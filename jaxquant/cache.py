@@ -206,17 +206,20 @@ def _append(cache: KVCache, layer: Index, stack: int | None, k: Array, v: Array,
     length = jnp.minimum(start + count[:, -1], cache.capacity) if k.shape[1] else start
     position = jnp.where(valid, start[:, None] + count - 1, cache.capacity)
 
-    def written(stack: Stack, index: Index) -> Stack:
-        return Stack(
-            keys=_stacks.write(stack.keys, index, jnp.swapaxes(k, 1, 2), position, length),
-            values=_stacks.write(stack.values, index, jnp.swapaxes(v, 1, 2), position, length),
-        )
-
-    def replaced(which: int, index: Index) -> tuple[Stack, ...]:
-        return tuple(written(stack, index) if i == which else stack for i, stack in enumerate(cache.stacks))
+    # Where the layer is known only at run time every stack is written to, all but one beyond its end, where writes are
+    # dropped: the branches of a conditional would copy a stack.
+    which, index = jnp.asarray(cache.places, jnp.int32)[layer]
+    stacks = list(cache.stacks)
+    for i, held in enumerate(stacks):
+        if stack in (i, None):
+            place = jnp.where(which == i, index, held.layers)
+            stacks[i] = Stack(
+                keys=_stacks.write(held.keys, place, jnp.swapaxes(k, 1, 2), position, length),
+                values=_stacks.write(held.values, place, jnp.swapaxes(v, 1, 2), position, length),
+            )
 
     return KVCache(
-        stacks=switch(cache, layer, stack, replaced),
+        stacks=tuple(stacks),
         length=cache.length.at[layer].set(length),
         exact_from=cache.exact_from,
         places=cache.places,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxquant._pytree import pytree
 
-_COMPARISONS = 15  # up to here a sum of comparisons beats a search, since it fuses into its neighbours
+_COMPARISONS = 15  # up to here comparisons beat a search and a gather, since they fuse into their neighbours
 
 
 @pytree
@@ -62,7 +62,13 @@ def lookup(codebook: Codebook, codes: UInt8[Array, "*batch"]) -> Float[Array, "*
         >>> np.asarray(lookup(lloyd_max(1), jnp.array([0, 1], jnp.uint8))).round(4)
         array([-0.7979,  0.7979], dtype=float32)
     """
-    return jnp.take(codebook.centroids, codes, mode="clip")
+    centroids = codebook.centroids
+    if centroids.shape[0] > _COMPARISONS + 1:
+        return jnp.take(centroids, codes, mode="clip")
+    levels = jnp.broadcast_to(centroids[0], codes.shape)
+    for i in range(1, centroids.shape[0]):
+        levels = jnp.where(codes >= np.uint8(i), centroids[i], levels)
+    return levels
 
 
 def lloyd_max(bits: int, *, dim: int | None = None) -> Codebook:

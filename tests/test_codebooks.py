@@ -183,7 +183,7 @@ def test_assign_never_expands_over_the_levels():
 
 
 def test_lookup_gives_the_level():
-    for bits in (1, 4, 8):
+    for bits in (1, 4, 5, 8):
         book = BOOKS[f"{bits} bits"]
         codes = jnp.arange(2**bits, dtype=jnp.uint8)[::-1].reshape(2, -1)
         np.testing.assert_array_equal(codebooks.lookup(book, codes), book.centroids[::-1].reshape(2, -1))

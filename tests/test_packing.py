@@ -78,33 +78,32 @@ def test_traced_once_for_a_shape():
     assert len(traces) == 1
 
 
+@pytest.fixture
+def without_type_checker():
+    """The package's own messages, as users meet them: the type checker of the test run stands in front of them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("without_type_checker")
 @pytest.mark.parametrize("bits", [0, 9, -1, "4", None])
 def test_wrong_widths_are_named(bits):
     message = f"bits must be an integer from 1 to 8, got {bits!r}"
-    with jaxtyping_off():
-        for call in (
-            lambda: packing.pack(jnp.zeros(8, jnp.uint8), bits=bits),
-            lambda: packing.unpack(jnp.zeros(8, jnp.uint8), bits=bits, length=8),
-            lambda: packing.packed_size(8, bits=bits),
-        ):
-            with pytest.raises(ValueError, match=message):
-                call()
+    for call in (
+        lambda: packing.pack(jnp.zeros(8, jnp.uint8), bits=bits),
+        lambda: packing.unpack(jnp.zeros(8, jnp.uint8), bits=bits, length=8),
+        lambda: packing.packed_size(8, bits=bits),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
+@pytest.mark.usefixtures("without_type_checker")
 def test_wrong_arguments_are_named():
-    with jaxtyping_off(), pytest.raises(TypeError, match="codes must be integers, got float32"):
+    with pytest.raises(TypeError, match="codes must be integers, got float32"):
         packing.pack(jnp.zeros(8), bits=4)
     with pytest.raises(ValueError, match="packed has 5 bytes a vector; 8 codes of 4 bits take 4"):
         packing.unpack(jnp.zeros((2, 5), jnp.uint8), bits=4, length=8)
     with pytest.raises(ValueError, match="length must not be negative, got -1"):
         packing.unpack(jnp.zeros((2, 0), jnp.uint8), bits=4, length=-1)
-
-
-class jaxtyping_off:
-    """The package's own checks, as users meet them: without the type checker of the test run in front."""
-
-    def __enter__(self):
-        jaxtyping.config.update("jaxtyping_disable", True)
-
-    def __exit__(self, *_):
-        jaxtyping.config.update("jaxtyping_disable", False)

@@ -321,7 +321,7 @@ def test_project_and_restore_are_transposes(name):
 @pytest.mark.parametrize("name", MAKERS)
 def test_bytes_are_counted_on_the_buffers_and_match_the_formula(name):
     made = QUANTIZERS[name]
-    code = quantizers.quantize(made, jnp.asarray(BASE))
+    code = coded()[name]["base"][0]
     if name == "exact":
         each = SMALL * 4
     else:
@@ -352,7 +352,7 @@ def test_bfloat16_input_is_coded_as_its_float32_value():
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("lead", [(), (0,), (3, 3), (1, 9, 1)])
+@pytest.mark.parametrize("lead", [(), (0,), (3, 3)])
 def test_leading_axes_are_kept(lead):
     made = QUANTIZERS["prod float16"]
     x = jnp.asarray(BASE[: math.prod(lead)].reshape(*lead, SMALL))

@@ -20,7 +20,7 @@ MAKERS = {
     "rotor": rotations.rotor,
     "identity": lambda key, dim: rotations.Identity(dim=dim),
 }
-CASES = [("haar", dim) for dim in (1, 3, 45, 64, 80, 128, 576)] + [("hadamard", dim) for dim in DIMS]
+CASES = [("haar", dim) for dim in (3, 45, 64, 80, 576)] + [("hadamard", dim) for dim in DIMS]
 CASES += [(name, dim) for name in ("one round", "rotor", "identity") for dim in (64, 80, 128)]
 
 
