@@ -27,16 +27,18 @@ class Profile:
         symbols: whether 8-bit symbols may be chosen where 4-bit exponents would do.
         trials: how many of the best estimates are encoded in full (one more where values recur, as matches are
             hard to foresee); the smallest result is kept.
+        hasty: whether a split is left out once something was made that is smaller than its estimate.
     """
 
     levels: tuple[int, ...]
     symbols: bool
     context: int
     trials: int
+    hasty: bool = False
 
 
 PROFILES = {
-    "fast": Profile(levels=(0, 1), symbols=False, context=0, trials=1),
+    "fast": Profile(levels=(0, 1), symbols=False, context=0, trials=1, hasty=True),
     "balanced": Profile(levels=(0, 3), symbols=True, context=1, trials=1),
     "small": Profile(levels=(0, 3, 12), symbols=True, context=2, trials=3),
 }

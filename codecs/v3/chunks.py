@@ -147,8 +147,8 @@ def encode(words: Words, cols: int, exponent_bits: int, profile: choose.Profile)
     for plan in choose.plans(inner, cols, exponent_bits, recurring, profile):
         if plan.bits > 7.95 * words.itemsize and repeated is None:
             continue
-        if plan.bits * inner.size > 8 * _size(best):
-            continue  # what was made already is smaller than the estimate
+        if profile.hasty and plan.bits * inner.size > 8 * _size(best):
+            continue
         streams = _Streams(profile.levels, recurring)
         if repeated is not None:
             streams.add_planes(repeated[1].astype(np.uint32), 4)
