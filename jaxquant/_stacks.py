@@ -1,4 +1,4 @@
-"""Storage of a stack of layers: packed codes, exact first tokens and a ring of exact newest tokens."""
+"""What a cache is made of: stacks of layers with packed codes, exact first tokens and a ring of exact newest tokens."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, PyTree
 
-from jaxquant._pytree import pytree
+from jaxquant._pytree import pytree, static
 from jaxquant.protocols import Quantizer
 
 Index = int | Integer[Array, ""]
@@ -56,6 +56,63 @@ class Stack:
     def slots(self) -> int:
         """Tokens of a row that there is room to code."""
         return jax.tree.leaves(self.keys.codes)[0].shape[3]
+
+
+@pytree
+class KVCache:
+    """Keys and values of every layer.
+
+    Attributes:
+        stacks: the storage.
+        length: tokens held, [layers, batch].
+        exact_from: first position the window still holds exactly, [layers, batch]; it moves only when `crop` shortens a
+            row, since tokens that left the window cannot come back.
+        places: for each layer, its stack and its index there.
+    """
+
+    stacks: tuple[Stack, ...]
+    length: Int[Array, "layers batch"]
+    exact_from: Int[Array, "layers batch"]
+    places: tuple[tuple[int, int], ...] = static()
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.places)
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.length.shape[-1]
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of the keys and values."""
+        return self.stacks[0].keys.sinks.shape[2]
+
+    @property
+    def dim(self) -> int:
+        """Length of a key or value vector."""
+        return self.stacks[0].keys.quantizer.dim
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens a row can hold."""
+        return self.stacks[0].sinks + self.stacks[0].slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, everything included: codes, scales, exact tokens, lengths and the quantizers' own numbers."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of key and value, scales and exact copies included, for each token of capacity and kv head."""
+        held = [
+            (store.codes, store.sinks, store.window) for stack in self.stacks for store in (stack.keys, stack.values)
+        ]
+        tokens = self.layers * self.batch * self.kv_heads * self.capacity
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(held)) / tokens
 
 
 def allocate(

@@ -9,76 +9,21 @@ Layers are stacked on a leading axis. Layers named in `exact_layers` form a seco
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxquant import _stacks
-from jaxquant._pytree import pytree, static
-from jaxquant._stacks import Index, Stack, Store
+from jaxquant._stacks import Index, KVCache, Stack, Store
 from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import Exact
 
 T = TypeVar("T")
-
-
-@pytree
-class KVCache:
-    """Keys and values of every layer.
-
-    Attributes:
-        stacks: the storage.
-        length: tokens held, [layers, batch].
-        exact_from: first position the window still holds exactly, [layers, batch]; it moves only when `crop` shortens a
-            row, since tokens that left the window cannot come back.
-        places: for each layer, its stack and its index there.
-    """
-
-    stacks: tuple[Stack, ...]
-    length: Int[Array, "layers batch"]
-    exact_from: Int[Array, "layers batch"]
-    places: tuple[tuple[int, int], ...] = static()
-
-    @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return len(self.places)
-
-    @property
-    def batch(self) -> int:
-        """Number of rows."""
-        return self.length.shape[-1]
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of the keys and values."""
-        return self.stacks[0].keys.sinks.shape[2]
-
-    @property
-    def dim(self) -> int:
-        """Length of a key or value vector."""
-        return self.stacks[0].keys.quantizer.dim
-
-    @property
-    def capacity(self) -> int:
-        """Most tokens a row can hold."""
-        return self.stacks[0].sinks + self.stacks[0].slots
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, everything included: codes, scales, exact tokens, lengths and the quantizers' own numbers."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes of key and value, scales and exact copies included, for each token of capacity and kv head."""
-        held = sum(leaf.nbytes for stack in self.stacks for leaf in jax.tree.leaves(_without_quantizers(stack)))
-        return held / (self.layers * self.batch * self.kv_heads * self.capacity)
 
 
 def init(
@@ -331,10 +276,6 @@ def fork(cache: KVCache, *, copies: int) -> KVCache:
         6
     """
     return reorder(cache, jnp.repeat(jnp.arange(cache.batch, dtype=jnp.int32), copies))
-
-
-def _without_quantizers(stack: Stack) -> Any:
-    return [(store.codes, store.sinks, store.window) for store in (stack.keys, stack.values)]
 
 
 def resolve(cache: KVCache, layer: Index) -> tuple[Index, int | None]:

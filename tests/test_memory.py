@@ -48,8 +48,8 @@ def test_decode_holds_one_block():
     assert usage.temp_size_in_bytes < 1.5 * block_bytes() < DEQUANTIZED / 40
     queries_and_lengths = HEADS * DIM * 4 + 2 * 4
     assert usage.argument_size_in_bytes == packed_bytes() + queries_and_lengths
-    # 100 bytes a token and kv head, and the quantizers: two rows of signs and a codebook each.
-    assert packed_bytes() == 100 * TOKENS * KV_HEADS + 2 * 2 * DIM + (16 + 4) * 4
+    # 100 bytes a token and kv head, and the quantizers: a row of signs and a codebook each.
+    assert packed_bytes() == 100 * TOKENS * KV_HEADS + 2 * DIM + (16 + 4) * 4
     assert usage.output_size_in_bytes < HEADS * (DIM + 1) * 4 + 64
 
 

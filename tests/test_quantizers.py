@@ -18,7 +18,8 @@ RULES = ("norm", "preserve", "unbiased", "least_squares")
 @functools.cache
 def rotation(name):
     """Many draws, stacked: where one vector is measured again and again, only the keys average."""
-    draw = {"haar": rotations.haar, "hadamard": rotations.hadamard, "rotor": rotations.rotor}[name]
+    hadamard = functools.partial(rotations.hadamard, rounds=3)  # the default beside the scale "norm"
+    draw = {"haar": rotations.haar, "hadamard": hadamard, "rotor": rotations.rotor}[name]
     return jax.jit(jax.vmap(lambda key: draw(key, DIM)))(jax.random.split(jax.random.key(11), KEYS))
 
 
@@ -214,7 +215,8 @@ def test_inner_products_of_the_plain_code_are_biased():
 
 
 MAKERS = {
-    f"{rule} float32": functools.partial(turboquant.mse, bits=2, scale=rule, scale_dtype="float32") for rule in RULES
+    f"{rule} float32": functools.partial(turboquant.mse, bits=2, rounds=2, scale=rule, scale_dtype="float32")
+    for rule in RULES
 }
 MAKERS |= {
     "preserve float16": functools.partial(turboquant.mse, bits=2, scale="preserve"),

@@ -15,7 +15,7 @@ KEY = jax.random.key(3)
 
 MAKERS = {
     "haar": rotations.haar,
-    "hadamard": rotations.hadamard,
+    "hadamard": lambda key, dim: rotations.hadamard(key, dim, rounds=2),
     "one round": lambda key, dim: rotations.hadamard(key, dim, rounds=1),
     "rotor": rotations.rotor,
     "identity": lambda key, dim: rotations.Identity(dim=dim),
@@ -81,6 +81,15 @@ def test_hadamard_transform_is_sylvesters_matrix_on_powers_of_two():
             assert not np.allclose(got, np.roll(want, 1, axis=1))
 
 
+def test_hadamard_transform_elsewhere_is_sylvesters_matrix_times_hartleys():
+    """The transform is part of what stored codes mean, so another symmetric matrix would not do as well."""
+    odd = np.arange(3) * np.arange(3)[:, None] * 2 * np.pi / 3
+    want = np.kron((np.cos(odd) + np.sin(odd)) / np.sqrt(3), sylvester(4))
+    got = np.asarray(rotations.hadamard_transform(jnp.eye(12)))
+    np.testing.assert_allclose(got, want, atol=16 * EPS)
+    assert not np.allclose(got, np.kron(sylvester(4), (np.cos(odd) + np.sin(odd)) / np.sqrt(3)), atol=1e-3)
+
+
 def test_hadamard_transform_elsewhere_is_symmetric_and_its_own_inverse():
     dims = (6, 80, 96, 112, 576)
     result = transforms([np.eye(dim, dtype=np.float32) for dim in dims])
@@ -94,7 +103,7 @@ def test_hadamard_transform_elsewhere_is_symmetric_and_its_own_inverse():
 
 @pytest.mark.parametrize("dim", [80, 128])
 def test_hadamard_applies_its_rounds_in_order(dim):
-    made = rotations.hadamard(KEY, dim)
+    made = rotations.hadamard(KEY, dim, rounds=2)
     transform = np.asarray(rotations.hadamard_transform(jnp.eye(dim)), np.float64)
     first, second = np.asarray(made.signs, np.float64)
     want = transform @ np.diag(second) @ transform @ np.diag(first)
@@ -158,6 +167,17 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once(name):
         got = turn(x)
         assert got.dtype == jnp.bfloat16
         np.testing.assert_array_equal(got, turn(x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["haar", "hadamard", "rotor"])
+def test_products_are_full_float32_on_every_platform(name):
+    """GPUs and TPUs multiply float32 in fewer bits unless told otherwise; a CPU would not show it."""
+    made = MAKERS[name](KEY, 96)
+    for turn in (made.rotate, made.unrotate):
+        lowered = jax.jit(turn).lower(jax.ShapeDtypeStruct((2, 96), jnp.float32)).as_text()
+        products = [line for line in lowered.splitlines() if "dot_general" in line]
+        assert products
+        assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
 @pytest.mark.parametrize("name", ["haar", "hadamard", "rotor"])
