@@ -10,9 +10,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxquant.codecs import atomic, buffers, compact, container, fnv, payload, qatc, v2, workers
+from jaxquant.codecs import atomic, buffers, qatc, v2, v3, workers
 from jaxquant.codecs.errors import CorruptError
 from jaxquant.codecs.limits import Limits
+from jaxquant.codecs.v2 import arrays, compact, container, fnv, payload
 
 Progress = Callable[[int, int], None]
 SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
@@ -68,7 +69,7 @@ def _stream(
     values: np.ndarray, file: BinaryIO, chunk: int | None, stride: int, threads: int | None, report: Progress
 ) -> int:
     """Write the default profile chunk by chunk, then its header: memory does not grow with the file."""
-    words, dtype = buffers.words_of(values)
+    words, dtype = arrays.words_of(values)
     whole = compact.chunk_values(words, v2.CHUNK)
     if chunk is None and words.size <= whole:
         return file.write(v2.encode_payload(words, dtype, stride))
@@ -135,7 +136,7 @@ def decode_file(
 
 def _decoded(view: memoryview, limits: Limits, threads: int) -> tuple[np.dtype, tuple[int, ...], Iterator[np.ndarray]]:
     """Dtype, shape and the values in order, decoded as they are asked for where the format allows it."""
-    if qatc.is_v3(view):
+    if v3.recognizes(view):
         values = qatc.decode(view, limits=limits, threads=threads)
         if isinstance(values, dict):
             raise ValueError(f"source: holds {len(values)} tensors ({', '.join(values)}); open it with v3 to read them")
@@ -169,7 +170,7 @@ def verify_file(
     """
     with _input(source) as view:
         limits, threads = limits or Limits(), threads or workers.available()
-        if qatc.is_v3(view):
+        if v3.recognizes(view):
             with qatc.open(view, limits=limits) as reader:
                 reader.verify()
             return {"raw_bytes": qatc.inspect(view, limits=limits).raw_nbytes, "bytes": len(view), "valid": True}

@@ -9,15 +9,19 @@ from jaxquant.codecs import errors
 class Limits:
     """Bound what a file may claim; the defaults are those of QATQ 0.4.2, which a file it writes never exceeds.
 
+    The first two hold for every file, the rest for one generation each.
+
     A decode holds at most its result, one chunk's working space per thread and the encoded bytes it was given.
 
     Attributes:
-        values: Elements in the whole file.
-        decoded_bytes: Bytes of the decoded result.
-        encoded_bytes: Bytes of the file itself.
+        decoded_bytes: Bytes of the decoded result, all tensors together.
         chunks: Chunks in the file.
-        chunk_values: Elements in one chunk.
-        chunk_bytes: Encoded bytes of one chunk.
+        values: v2, elements in the whole file.
+        encoded_bytes: v2, bytes of the file itself.
+        chunk_values: v2, elements in one chunk.
+        chunk_bytes: v2, encoded bytes of one chunk.
+        tensors: v3, tensors in the file.
+        text_bytes: v3, bytes of all names and metadata together.
 
     Example:
         >>> small = Limits(values=1_000_000)
@@ -27,12 +31,14 @@ class Limits:
         jaxquant.codecs.errors.LimitError: container header, offset 8: 2000000 values, limit 1000000
     """
 
-    values: int = 1 << 32
     decoded_bytes: int = 1 << 34
-    encoded_bytes: int = 1 << 40
     chunks: int = 1 << 20
+    values: int = 1 << 32
+    encoded_bytes: int = 1 << 40
     chunk_values: int = 1 << 26
     chunk_bytes: int = 268_435_492
+    tensors: int = 1 << 16
+    text_bytes: int = 1 << 24
 
     def check(self, what: str, claimed: int, where: str) -> None:
         """Raise LimitError if the file claims more than is allowed.

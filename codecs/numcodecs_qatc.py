@@ -1,7 +1,7 @@
 """QATC as a numcodecs codec, so that Zarr finds it by the name "qatc"; needs the `numcodecs` extra."""
 
 import numpy as np
-from numcodecs import abc, compat
+from numcodecs import abc, compat  # pyright: ignore[reportMissingImports]
 
 from jaxquant.codecs import qatc
 

@@ -4,14 +4,15 @@ Two generations share this module. v2 is the format of QATQ 0.4: a sequence of f
 which the `qatq` program decodes. v3 is jaxquant's own: any dtype, shapes, names, random access, and smaller.
 """
 
-import math
 from typing import Any
 
 import numpy as np
 
-from jaxquant.codecs import bodies, buffers, compact, container, lossy, parity, payload, summary, v2, workers
+from jaxquant.codecs import buffers, v2, v3, workers
 from jaxquant.codecs.errors import CodecError, CorruptError, LimitError, UnsupportedError
 from jaxquant.codecs.limits import Limits
+from jaxquant.codecs.v2 import arrays, bodies, compact, lossy, parity, payload
+from jaxquant.codecs.v2.opaque import decode_bytes, encode_bytes
 
 __all__ = [
     "CodecError",
@@ -64,14 +65,12 @@ def encode(
     if chunk is not None and not 1 <= chunk <= payload.MAX_VALUES:
         raise ValueError(f"chunk: {chunk} values, allowed are 1 to {payload.MAX_VALUES}")
     if profile not in ("v2", "parity"):
-        from jaxquant.codecs import v3
-
         values = np.asarray(array)
-        size = {} if chunk is None else {"chunk": chunk * values.itemsize}
-        return v3.encode(values, profile=profile, threads=_threads(threads), **size)
+        size = v3.CHUNK if chunk is None else chunk * values.itemsize
+        return v3.encode(values, profile=profile, threads=_threads(threads), chunk=size)
     if profile == "parity" and chunk is None:
         return encode_payload(array, stride=stride)
-    words, dtype = buffers.words_of(array)
+    words, dtype = arrays.words_of(array)
     whole = compact.chunk_values(words, v2.CHUNK)
     if chunk is None and words.size <= whole:
         return v2.encode_payload(words, dtype, _stride(stride, words))
@@ -109,7 +108,7 @@ def encode_payload(
         >>> encode_payload(np.ones(5, np.float32))[36:].hex()
         '843f848009'
     """
-    words, dtype = buffers.words_of(array)
+    words, dtype = arrays.words_of(array)
     if mode not in MODES:
         raise ValueError(f"mode: {mode!r} is none of {', '.join(MODES)}")
     if words.size > payload.MAX_VALUES:
@@ -159,10 +158,8 @@ def decode(
     """
     limits = limits or Limits()
     with buffers.opened(data) as view:
-        if is_v3(view):
-            from jaxquant.codecs import v3
-
-            return v3.decode(view, limits=_v3_limits(limits), threads=_threads(threads), out=out)
+        if v3.recognizes(view):
+            return v3.decode(view, limits=limits, threads=_threads(threads), out=out)
         return v2.decode(view, limits, _threads(threads), out)
 
 
@@ -187,27 +184,12 @@ def inspect(data: Any, *, limits: Limits | None = None) -> Any:
     """
     limits = limits or Limits()
     with buffers.opened(data) as view:
-        if is_v3(view):
-            with _reader(view, limits) as reader:
-                tensors = tuple(
-                    summary.Tensor(
-                        name=name,
-                        dtype=reader.dtypes[name].name,
-                        shape=shape,
-                        raw_nbytes=math.prod(shape) * reader.dtypes[name].itemsize,
-                    )
-                    for name, shape in reader.shapes.items()
-                )
-            return summary.TensorsSummary(
-                format="QATC v3",
-                raw_nbytes=sum(tensor.raw_nbytes for tensor in tensors),
-                nbytes=len(view),
-                tensors=tensors,
-            )
+        if v3.recognizes(view):
+            return v3.inspect(view, limits=limits)
         return v2.inspect(view, limits)
 
 
-def open(source: Any, *, size: int | None = None, limits: Limits | None = None) -> Any:  # noqa: A001
+def open(source: Any, *, size: int | None = None, limits: Limits | None = None) -> v3.Reader:  # noqa: A001
     """Open a v3 file to read parts of it: the tokens of one layer without the rest.
 
     Args:
@@ -221,86 +203,7 @@ def open(source: Any, *, size: int | None = None, limits: Limits | None = None) 
     Raises:
         UnsupportedError: Not a v3 file; v2 has no index, so it is decoded as a whole.
     """
-    return _reader(source, limits or Limits(), size)
-
-
-def _reader(source: Any, limits: Limits, size: int | None = None) -> Any:
-    from jaxquant.codecs import v3
-
-    return v3.open(source, size=size, limits=_v3_limits(limits))
-
-
-def _v3_limits(limits: Limits) -> Any:
-    from jaxquant.codecs import v3
-
-    return v3.Limits(total_bytes=limits.decoded_bytes, chunks=limits.chunks)
-
-
-def encode_bytes(data: Any, *, profile: str = "v2", chunk: int | None = None, threads: int | None = None) -> bytes:
-    """Encode arbitrary bytes as QATQ's opaque profile does; their length must be kept elsewhere.
-
-    Args:
-        data: Any contiguous buffer, path or binary file; the last word is padded with zeros.
-        profile: "v2" or "parity".
-        chunk: Four-byte words per chunk.
-        threads: As in `encode`.
-
-    Returns:
-        A QATC v2 container.
-
-    Raises:
-        ValueError: The profile is a v3 one, or `chunk` is out of range.
-
-    Example:
-        >>> decode_bytes(encode_bytes(b"seven b"), 7)
-        b'seven b'
-    """
-    if profile not in ("v2", "parity"):
-        raise ValueError(f'profile: {profile!r}, opaque bytes are written as "v2" or "parity"')
-    with buffers.opened(data) as view:
-        padded = np.zeros(-(-len(view) // 4), np.uint32)
-        padded.view(np.uint8)[: len(view)] = view
-    whole = v2.CHUNK if chunk is None else chunk
-    return encode(padded.view(np.float32), profile=profile, chunk=whole, threads=threads)
-
-
-def decode_bytes(data: Any, length: int, *, chunk: int | None = None, limits: Limits | None = None) -> bytes:
-    """Decode what `encode_bytes` wrote.
-
-    Args:
-        data: As in `decode`.
-        length: Bytes that were encoded.
-        chunk: Words per chunk that the writer declared, to insist on that layout.
-        limits: As in `decode`.
-
-    Returns:
-        The bytes.
-
-    Raises:
-        CodecError: As in `decode`, or the file does not hold exactly `length` bytes laid out as declared.
-    """
-    limits = limits or Limits()
-    limits.check("values", -(-length // 4), "length")
-    with buffers.opened(data) as view:
-        if bytes(view[:4]) != container.MAGIC or is_v3(view):
-            raise UnsupportedError("container, offset 0: opaque bytes are kept in QATC v2 containers")
-        found = v2.inspect(view, limits)
-        sizes = [piece.values for piece in found.chunks]
-        if chunk is not None and sizes != [
-            min(chunk, found.values - first) for first in range(0, max(found.values, 1), chunk)
-        ]:
-            raise CorruptError(f"container: chunks of {sizes[:3]} values and on, not of {chunk}")
-        if found.dtype != "f32" or found.values != -(-length // 4):
-            raise CorruptError(f"container: {found.values} values of {found.dtype} do not hold {length} bytes")
-        octets = v2.decode(view, limits, 1).view(np.uint8)
-    if octets[length:].any():
-        raise CorruptError("container: the padding after the last byte is not zero")
-    return octets[:length].tobytes()
-
-
-def is_v3(view: memoryview) -> bool:
-    """Tell whether a file is of the third generation."""
-    return len(view) > 4 and bytes(view[:4]) == container.MAGIC and view[4] == 3
+    return v3.open(source, size=size, limits=limits)
 
 
 def _threads(threads: int | None) -> int:

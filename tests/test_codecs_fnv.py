@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxquant.codecs import fnv
+from jaxquant.codecs.v2 import fnv
 
 
 def reference(data: bytes, state: int = fnv.OFFSET) -> int:

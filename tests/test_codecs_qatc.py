@@ -15,8 +15,9 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxquant.codecs import byteplanes, compact, container, fnv, payload, qatc, v2, zframes
+from jaxquant.codecs import qatc, v2
 from jaxquant.codecs.errors import CodecError, CorruptError, LimitError, UnsupportedError
+from jaxquant.codecs.v2 import byteplanes, compact, container, fnv, payload, zframes
 
 DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxquant.codecs import runs
 from jaxquant.codecs.errors import CorruptError
+from jaxquant.codecs.v2 import runs
 
 GRAMMARS = {"long": runs.LONG, "packed": runs.PACKED}
 octets = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 80)), max_size=40).map(

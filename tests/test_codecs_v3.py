@@ -16,8 +16,10 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxquant.codecs import chunks, coders, dtypes, fields, layout, planes, v3
+from jaxquant.codecs import v3
 from jaxquant.codecs.errors import CodecError, CorruptError, LimitError, UnsupportedError
+from jaxquant.codecs.limits import Limits
+from jaxquant.codecs.v3 import chunks, coders, dtypes, halves, layout, nibbles, planes, symbols
 
 DATA = Path(__file__).parent / "data" / "v3"
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -168,22 +170,22 @@ def test_splits_are_exact_for_any_bits_and_any_model(rows: int, cols: int, items
     low = np.zeros_like(words) if itemsize == 2 else words & words.dtype.type((1 << (8 * itemsize - 16)) - 1)
     base = rng.integers(0, 256, cols, dtype=np.uint8)
     out = low.copy()
-    packed, noise, escapes = fields.split_nibbles(words, base)
-    fields.merge_nibbles(packed, noise, base, through_bytes(escapes, words.size), out)
+    packed, noise, escapes = nibbles.split(words, base)
+    nibbles.merge(packed, noise, base, through_bytes(escapes, words.size), out)
     assert np.array_equal(out, words)
     tile = next(tile for tile in (8, 4, 2, 1) if cols % tile == 0)
     against = rng.choice(np.array([0, 0x8000], np.uint16), cols)
     bases = rng.integers(0, 1 << (16 - shift), cols).astype(np.uint16)
     order = rng.permutation(cols) if seed % 2 else None
-    model = fields.SymbolModel(shift, bases, against, tile, order)
+    model = symbols.Model(shift, bases, against, tile, order)
     out = low.copy()
-    symbols, bits, escapes = fields.split_symbols(words, model)
-    fields.merge_symbols(symbols, bits, model, through_bytes(escapes, words.size), out)
+    coded, bits, escapes = symbols.split(words, model)
+    symbols.merge(coded, bits, model, through_bytes(escapes, words.size), out)
     assert np.array_equal(out, words)
 
 
-def through_bytes(escapes: fields.Escapes, words: int) -> fields.Escapes:
-    return fields.unpack_escapes(fields.pack_escapes(escapes), words)
+def through_bytes(escapes: halves.Escapes, words: int) -> halves.Escapes:
+    return halves.unpack_escapes(halves.pack_escapes(escapes), words)
 
 
 def test_signs_follow_the_previous_token_or_the_channel():
@@ -203,7 +205,7 @@ def test_signs_follow_the_previous_token_or_the_channel():
 def test_prefix_xor(rows: int, cols: int, seed: int):
     x = np.random.default_rng(seed).integers(0, 1 << 16, (rows, cols)).astype(np.uint16)
     expected = np.bitwise_xor.accumulate(x, axis=0)
-    fields.prefix_xor(x)
+    symbols.prefix_xor(x)
     assert np.array_equal(x, expected)
 
 
@@ -212,7 +214,7 @@ def test_blocks_do_not_show(monkeypatch):
     values[500:, :9] = -np.abs(values[500:, :9])
     words = values.reshape(-1).view(np.uint16)
     whole = [v3.encode(values, profile=profile) for profile in ("fast", "balanced")]
-    monkeypatch.setattr(fields, "BLOCK", 64 * 10)
+    monkeypatch.setattr(halves, "BLOCK", 64 * 10)
     monkeypatch.setattr(planes, "BLOCK", 77)
     assert [v3.encode(values, profile=profile) for profile in ("fast", "balanced")] == whole
     for coded in whole:
@@ -542,18 +544,18 @@ def test_claims_are_checked_before_allocation():
 @pytest.mark.parametrize(
     ("limits", "match"),
     [
-        (v3.Limits(total_bytes=1023), "tensors of 1024 bytes or more"),
-        (v3.Limits(tensors=1), "2 tensors exceed"),
-        (v3.Limits(chunks=3), "chunks exceed the limit of 3"),
-        (v3.Limits(metadata_bytes=5), "6 bytes of names and metadata"),
+        (Limits(decoded_bytes=1023), "tensors of 1024 bytes or more"),
+        (Limits(tensors=1), "2 tensors exceed"),
+        (Limits(chunks=3), "chunks exceed the limit of 3"),
+        (Limits(text_bytes=5), "6 bytes of names and metadata"),
     ],
 )
-def test_limits(limits: v3.Limits, match: str):
+def test_limits(limits: Limits, match: str):
     values = np.arange(128, dtype=np.float32)
     coded = v3.encode({"ab": values, "cd": values}, metadata={"k": "v"}, chunk=256)
     with pytest.raises(LimitError, match=match):
         v3.decode(coded, limits=limits)
-    exact = v3.Limits(total_bytes=1024, tensors=2, chunks=4, metadata_bytes=6)
+    exact = Limits(decoded_bytes=1024, tensors=2, chunks=4, text_bytes=6)
     assert same(named(v3.decode(coded, limits=exact))["cd"], values)
 
 

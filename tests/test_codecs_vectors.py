@@ -9,9 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxquant.codecs import fnv, qatc
+from jaxquant.codecs import qatc
 from jaxquant.codecs.errors import CodecError, CorruptError, LimitError, UnsupportedError
-from jaxquant.codecs.strategies import STRATEGIES
+from jaxquant.codecs.v2 import fnv
+from jaxquant.codecs.v2.strategies import STRATEGIES
 
 DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 LABELS = {strategy.label: wire for wire, strategy in STRATEGIES.items()}

@@ -65,7 +65,8 @@ def codecs(values: np.ndarray, threads: int) -> dict[str, tuple[Callable, Callab
 
 def hashing(values: np.ndarray, encoded: bytes, clock: Callable[[], float]) -> float:
     """Seconds to hash the values chunk by chunk and the container once, one after the other."""
-    from jaxquant.codecs import fnv, payload, v2
+    from jaxquant.codecs import v2
+    from jaxquant.codecs.v2 import fnv, payload
 
     words = values.view(np.uint16)
     start = clock()

@@ -20,8 +20,9 @@ import zipfile
 
 import numpy as np
 
-from jaxquant.codecs import fnv, qatc
+from jaxquant.codecs import qatc
 from jaxquant.codecs.errors import CodecError
+from jaxquant.codecs.v2 import fnv
 
 LIMITS = qatc.Limits(values=1 << 22, decoded_bytes=1 << 24, encoded_bytes=1 << 24, chunks=1 << 10, chunk_values=1 << 22)
 SECONDS = 10.0

@@ -16,8 +16,10 @@ import ml_dtypes
 import numpy as np
 import xxhash
 
-from jaxquant.codecs import layout, v3
+from jaxquant.codecs import v3
 from jaxquant.codecs.errors import CodecError
+from jaxquant.codecs.limits import Limits
+from jaxquant.codecs.v3 import layout
 
 LIMIT = 1 << 20
 INTERESTING = (0, 1, 2, 3, 4, 8, 15, 16, 127, 128, 254, 255)
@@ -100,7 +102,7 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     files = corpus(rng)
     places = [_places(file) for file in files]
-    limits = v3.Limits(total_bytes=LIMIT, tensors=100, chunks=1000, metadata_bytes=10_000)
+    limits = Limits(decoded_bytes=LIMIT, tensors=100, chunks=1000, text_bytes=10_000)
     counts, slowest, highest, failures = collections.Counter[str](), 0.0, 0, 0
     start = time.perf_counter()
     for turn in range(args.mutations):

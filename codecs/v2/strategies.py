@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxquant.codecs import byteplanes, errors, lossy, runs, zframes
+from jaxquant.codecs import errors
+from jaxquant.codecs.v2 import byteplanes, lossy, runs, zframes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

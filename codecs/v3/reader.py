@@ -1,30 +1,18 @@
 """Read QATC v3: whole tensors or ranges of tokens, from memory, a path, or anything that reads ranges."""
 
+import collections
 import math
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import operator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import numpy as np
 import xxhash
 
-from jaxquant.codecs import chunks, dtypes, layout, sources
+from jaxquant.codecs import workers
 from jaxquant.codecs.errors import CorruptError
-
-
-def run(tasks: Iterable[Callable[[], object]], threads: int) -> None:
-    """Run tasks on up to `threads` threads; the first error is raised and stops those not yet started."""
-    if threads <= 1:
-        for task in tasks:
-            task()
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+from jaxquant.codecs.limits import Limits
+from jaxquant.codecs.v3 import chunks, dtypes, layout, sources
 
 
 class Reader:
@@ -45,8 +33,8 @@ class Reader:
         metadata: the user's strings.
     """
 
-    def __init__(self, source: sources.Source, *, size: int | None = None, limits: layout.Limits | None = None) -> None:
-        self.limits = limits or layout.Limits()
+    def __init__(self, source: sources.Source, *, size: int | None = None, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
         self._source = sources.resolve(source, size)
         try:
             tensors, self.metadata, self._end = self._load()
@@ -145,7 +133,7 @@ class Reader:
         ranges = [
             ((first * outer + i) * tokens + start, flat[i * span : (i + 1) * span]) for i in range(outer if span else 0)
         ]
-        run(self._pieces(tensor, ranges), threads)
+        collections.deque(workers.ordered(operator.call, self._pieces(tensor, ranges), threads), maxlen=0)
         return out
 
     def _pieces(self, tensor: layout.Tensor, ranges: list[tuple[int, np.ndarray]]) -> Iterator[Callable[[], object]]:

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxquant.codecs.errors import CorruptError
-from jaxquant.codecs.layout import Limits
-from jaxquant.codecs.reader import Reader
-from jaxquant.codecs.sources import Source
-from jaxquant.codecs.writer import CHUNK, Writer
+from jaxquant.codecs.limits import Limits
+from jaxquant.codecs.summary import Tensor, TensorsSummary
+from jaxquant.codecs.v3 import layout
+from jaxquant.codecs.v3.reader import Reader
+from jaxquant.codecs.v3.sources import Source
+from jaxquant.codecs.v3.writer import CHUNK, Writer
 
-__all__ = ["Limits", "Reader", "Writer", "decode", "encode", "open"]
+__all__ = ["CHUNK", "Reader", "Writer", "decode", "encode", "inspect", "open", "recognizes"]
 
 
 class _Parts:
@@ -110,6 +112,34 @@ def decode(
         if reader.names == ("",):
             return reader.read("", threads=threads)
         return {name: reader.read(name, threads=threads) for name in reader.names}
+
+
+def inspect(data: Source, *, limits: Limits | None = None) -> TensorsSummary:
+    """Describe a file by its index alone.
+
+    Args:
+        data: as in `decode`.
+        limits: as in `decode`.
+
+    Raises:
+        CodecError: as in `decode`, but for what only decoding finds.
+    """
+    with Reader(data, limits=limits) as reader:
+        tensors = tuple(
+            Tensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, raw_nbytes=tensor.nbytes)
+            for tensor in reader.tensors.values()
+        )
+        return TensorsSummary(
+            format="QATC v3",
+            raw_nbytes=sum(tensor.raw_nbytes for tensor in tensors),
+            nbytes=reader.end,
+            tensors=tensors,
+        )
+
+
+def recognizes(data: memoryview) -> bool:
+    """Tell whether a file is of this generation."""
+    return len(data) > 4 and bytes(data[:5]) == layout.MAGIC + bytes([layout.VERSION])
 
 
 def open(source: Source, *, size: int | None = None, limits: Limits | None = None) -> Reader:  # noqa: A001

@@ -4,22 +4,21 @@ A path is written beside its place and moved there when it is complete, so that 
 one. Appending never touches committed bytes: the header is told of the longer file last.
 """
 
-import collections
 import contextlib
 import itertools
 import os
-import secrets
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import BinaryIO, Protocol, cast, runtime_checkable
 
 import numpy as np
 import xxhash
 
-from jaxquant.codecs import choose, chunks, dtypes, layout
-from jaxquant.codecs.coders import Buffer
-from jaxquant.codecs.reader import Reader
+from jaxquant.codecs import atomic, workers
+from jaxquant.codecs.limits import Limits
+from jaxquant.codecs.v3 import choose, chunks, cuts, dtypes, layout
+from jaxquant.codecs.v3.coders import Buffer
+from jaxquant.codecs.v3.reader import Reader
 
 CHUNK = 1 << 21  # bytes
 Path = str | os.PathLike[str]
@@ -36,31 +35,6 @@ class Sink(Protocol):
     def flush(self) -> None:
         """Pass on what is held back."""
         ...
-
-
-Task = Callable[[], tuple[int, list[Buffer], int]]  # rows, stored bytes, checksum
-_MIN_COLS, _MAX_COLS = 32, 8192
-
-
-def _columns(shape: tuple[int, ...], words: int) -> int:
-    """Return how many words make a row for the transforms: the trailing axes that make between 32 and 8192."""
-    cols, per_element = words, words
-    for size in reversed(shape):
-        if cols * size > _MAX_COLS and cols > per_element:
-            break
-        cols *= size
-        if cols >= _MAX_COLS:
-            break
-    return cols
-
-
-def _fit(cols: int, words: int) -> int:
-    """Widen narrow rows, halve wide ones, until they suit the transforms and still divide the words."""
-    while cols < _MIN_COLS and words % (2 * cols) == 0:
-        cols *= 2
-    while cols > _MAX_COLS and cols % 2 == 0:
-        cols //= 2
-    return cols if words % cols == 0 else 1
 
 
 class Writer:
@@ -107,19 +81,15 @@ class Writer:
         self.metadata = dict(metadata or {})
         self._tensors: dict[str, layout.Tensor] = {}
         self._records: dict[str, list[tuple[int, int, int, int]]] = {}
-        self._pool: ThreadPoolExecutor | None = None
-        self._final: Path | None = None
-        self._part: str | None = None
         self._kept: int | None = None
         self._at = 0
+        self._replacing = contextlib.ExitStack()  # of a path that is written anew
         self._sink: Sink
-        self._disk: BinaryIO | None = None
+        self._disk: BinaryIO | None = None  # a file that is made longer
         if append:
             self._disk = self._sink = self._open_to_append(file)
         elif isinstance(file, str | os.PathLike):
-            self._final = file
-            self._part = f"{os.fspath(file)}.{os.getpid()}-{secrets.token_hex(4)}.part"
-            self._disk = self._sink = cast(BinaryIO, open(self._part, "xb"))
+            self._sink = self._replacing.enter_context(atomic.replacing(file))
         else:
             self._sink = file
         if not append:
@@ -128,7 +98,7 @@ class Writer:
     def _open_to_append(self, file: Path | Sink) -> BinaryIO:
         if not isinstance(file, str | os.PathLike):
             raise ValueError("append=True needs a path")
-        with Reader(file, limits=layout.Limits(total_bytes=1 << 62)) as reader:
+        with Reader(file, limits=Limits(decoded_bytes=1 << 62)) as reader:
             self._at = self._kept = reader.end
             self._tensors = dict(reader.tensors)
             self.metadata = {**reader.metadata, **self.metadata}
@@ -256,52 +226,22 @@ class Writer:
         little = values.astype(values.dtype.newbyteorder("<"), copy=False)
         words = np.ascontiguousarray(little).reshape(-1).view(np.uint8).view(f"<u{number.word}")
         row_words = tensor.row_bytes // number.word
-        rows = max(1, self._chunk // max(1, tensor.row_bytes))
-        tokens = values.shape[tensor.axis] if values.ndim else 1
-        if tensor.axis and tokens > rows // 2:  # chunks that end where the tokens of one leading index end
-            rows = min(rows, tokens)
-        elif rows > 64:
-            rows -= rows % 64
-        total = words.size // row_words
-        group = tokens if rows <= tokens else total  # rows that a chunk must not reach beyond
-        cuts = [
-            (start, min(start + rows, first + group))
-            for first in range(0, total, group)
-            for start in range(first, first + group, rows)
-        ]
-        cols = _columns(tensor.shape[tensor.axis + 1 :], number.itemsize // number.word)
+        cols = cuts.columns(tensor.shape[tensor.axis + 1 :], number.itemsize // number.word)
 
-        def encode(start: int, stop: int) -> Task:
+        def encode(cut: tuple[int, int]) -> tuple[int, list[Buffer], int]:
+            start, stop = cut
             part = words[start * row_words : stop * row_words]
+            parts = chunks.encode(part, cuts.fit(cols, part.size), number.exponent_bits, self._profile)
+            state = xxhash.xxh3_64()
+            for piece in parts:
+                state.update(memoryview(piece))  # pyright: ignore[reportArgumentType]
+            return stop - start, parts, state.intdigest()
 
-            def task() -> tuple[int, list[Buffer], int]:
-                parts = chunks.encode(part, _fit(cols, part.size), number.exponent_bits, self._profile)
-                state = xxhash.xxh3_64()
-                for piece in parts:
-                    state.update(memoryview(piece))  # pyright: ignore[reportArgumentType]
-                return stop - start, parts, state.intdigest()
-
-            return task
-
-        tasks = [encode(start, stop) for start, stop in cuts]
-        for count, parts, checksum in self._in_order(tasks):
+        places = cuts.of(tensor, self._chunk, rows=words.size // row_words)
+        for count, parts, checksum in workers.ordered(encode, places, self._threads if len(places) > 1 else 1):
             self._records[tensor.name].append((self._at, checksum, count, sum(len(part) for part in parts)))
             for part in parts:
                 self._write(part)
-
-    def _in_order(self, tasks: list[Task]) -> Iterator[tuple[int, list[Buffer], int]]:
-        if self._threads == 1 or len(tasks) == 1:
-            for task in tasks:
-                yield task()
-            return
-        self._pool = self._pool or ThreadPoolExecutor(self._threads)
-        pending: collections.deque[Future[tuple[int, list[Buffer], int]]] = collections.deque()
-        for task in tasks:
-            pending.append(self._pool.submit(task))
-            if len(pending) > 2 * self._threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
     def close(self) -> None:
         """Write the index and make the file valid: flush, sync, and move or commit it where it is a path."""
@@ -313,30 +253,17 @@ class Writer:
         self._write(layout.footer(index, offset))
         self._sink.flush()
         if self._disk is not None:
-            if self._kept is not None:
-                self._commit(self._disk, self._at)
-            os.fsync(self._disk.fileno())
+            self._commit(self._disk, self._at)
             self._disk.close()
-        if self._part is not None and self._final is not None:
-            os.replace(self._part, self._final)
-            _sync_folder(os.path.dirname(os.path.abspath(self._final)))
-        self._stop()
+        self._replacing.close()
 
     def abort(self) -> None:
         """Give up: a path keeps what it held before; a stream is left without its index, which no reader accepts."""
-        self._stop()
         if self._disk is not None:
-            if self._kept is not None:
-                self._disk.truncate(self._kept)
+            self._disk.truncate(self._kept)
             self._disk.close()
-        if self._part is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._part)
-
-    def _stop(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+        reason = InterruptedError("the writer was told to give up")
+        self._replacing.__exit__(type(reason), reason, None)
 
     def __enter__(self) -> "Writer":
         return self
@@ -348,13 +275,3 @@ class Writer:
             self.close()
         else:
             self.abort()
-
-
-def _sync_folder(folder: str) -> None:
-    """Make a rename durable where the system lets folders be synced."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

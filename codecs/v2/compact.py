@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxquant.codecs import bodies, byteplanes, runs, strategies, zframes
+from jaxquant.codecs.v2 import bodies, byteplanes, runs, strategies, zframes
 
 _SMALL = 64 << 10
 _TINY = 4 << 10

@@ -7,8 +7,9 @@ import struct
 
 import numpy as np
 
-from jaxquant.codecs import errors, fnv, payload, workers
+from jaxquant.codecs import errors, workers
 from jaxquant.codecs.limits import Limits
+from jaxquant.codecs.v2 import fnv, payload
 
 MAGIC = b"QATC"
 HEADER = struct.Struct(">4sBB2sQI4sQ")

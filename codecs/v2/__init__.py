@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxquant.codecs import compact, container, fnv, parity, payload, workers
+from jaxquant.codecs import workers
 from jaxquant.codecs.limits import Limits
-from jaxquant.codecs.strategies import STRATEGIES
 from jaxquant.codecs.summary import Chunk, Summary
+from jaxquant.codecs.v2 import compact, container, fnv, parity, payload
+from jaxquant.codecs.v2.strategies import STRATEGIES
 
 CHUNK = 1 << 20
 

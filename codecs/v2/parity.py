@@ -6,7 +6,7 @@ body cannot be the smallest unless nearly every prediction is right to the last 
 
 import numpy as np
 
-from jaxquant.codecs import bodies, byteplanes, fnv, payload, runs, strategies, zframes
+from jaxquant.codecs.v2 import bodies, byteplanes, fnv, payload, runs, strategies, zframes
 
 ORDER = {
     4: (

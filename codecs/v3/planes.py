@@ -7,7 +7,7 @@ bytes. Everything here is a bijection of words, so NaN payloads and signed zeros
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxquant.codecs.coders import Bytes, scratch
+from jaxquant.codecs.v3.coders import Bytes, scratch
 
 NONE, DELTA, DELTA_TWICE, XOR = range(4)
 ORDERED = 8  # flag: map floats to integers of the same order first

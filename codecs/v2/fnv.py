@@ -138,7 +138,7 @@ def _xla(size: int) -> types.ModuleType | None:
     """
     if size < _XLA_BLOCK or ("jax" not in sys.modules and (size < _XLA_IMPORT or not _harmless())):
         return None
-    from jaxquant.codecs import fnv_xla
+    from jaxquant.codecs.v2 import fnv_xla
 
     return fnv_xla
 

@@ -5,9 +5,10 @@ import struct
 
 import numpy as np
 
-from jaxquant.codecs import errors, fnv, lossy
+from jaxquant.codecs import errors
 from jaxquant.codecs.limits import Limits
-from jaxquant.codecs.strategies import STRATEGIES
+from jaxquant.codecs.v2 import fnv, lossy
+from jaxquant.codecs.v2.strategies import STRATEGIES
 
 MAGIC = b"QATQ"
 EXACT_MAGIC = b"QEX1"

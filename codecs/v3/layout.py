@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import xxhash
 
-from jaxquant.codecs import chunks, dtypes
 from jaxquant.codecs.errors import CorruptError, LimitError, UnsupportedError
+from jaxquant.codecs.limits import Limits
+from jaxquant.codecs.v3 import chunks, dtypes
 
 MAGIC = b"QATC"
 VERSION = 3
@@ -23,23 +24,6 @@ HEADER_BYTES, FOOTER_BYTES = _HEADER.size, _FOOTER.size
 
 CHUNK = np.dtype([("offset", "<u8"), ("checksum", "<u8"), ("rows", "<u4"), ("length", "<u4")])
 MAX_DIMS = 32
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a file may claim before it is refused.
-
-    Attributes:
-        total_bytes: of all tensors, decoded.
-        tensors: how many.
-        chunks: how many, over all tensors.
-        metadata_bytes: of all names, keys and values together.
-    """
-
-    total_bytes: int = 1 << 34
-    tensors: int = 1 << 16
-    chunks: int = 1 << 22
-    metadata_bytes: int = 1 << 24
 
 
 @dataclass
@@ -132,7 +116,7 @@ def parse_footer(data: bytes, end: int, limits: Limits) -> tuple[int, int]:
         raise CorruptError("the file has no footer: it was cut short or is still being written")
     if offset < HEADER_BYTES or offset + length + FOOTER_BYTES != end:
         raise CorruptError(f"an index of {length} bytes at {offset} does not fit a file of {end} bytes")
-    allowed = limits.metadata_bytes + CHUNK.itemsize * limits.chunks + (16 + 8 * MAX_DIMS) * (limits.tensors + 1)
+    allowed = limits.text_bytes + CHUNK.itemsize * limits.chunks + (16 + 8 * MAX_DIMS) * (limits.tensors + 1)
     if length > allowed:
         raise LimitError(f"an index of {length} bytes exceeds the {allowed} that the limits allow for")
     return offset, length
@@ -237,16 +221,16 @@ def parse_index(data: bytes, place: bytes, limits: Limits) -> tuple[list[Tensor]
         tensors.append(tensor)
         chunk_count += len(tensor.chunks)
         total += tensor.nbytes
-        if total > limits.total_bytes:
-            raise LimitError(f"tensors of {total} bytes or more exceed the limit of {limits.total_bytes}")
+        if total > limits.decoded_bytes:
+            raise LimitError(f"tensors of {total} bytes or more exceed the limit of {limits.decoded_bytes}")
         if chunk_count > limits.chunks:
             raise LimitError(f"{chunk_count} chunks exceed the limit of {limits.chunks}")
         _check_chunks(tensor)
     if cursor.at != len(data):
         raise CorruptError("bytes follow the last tensor of the index")
     written = sum(len(text.encode()) for text in texts) + sum(len(tensor.name.encode()) for tensor in tensors)
-    if written > limits.metadata_bytes:
-        raise LimitError(f"{written} bytes of names and metadata exceed the limit of {limits.metadata_bytes}")
+    if written > limits.text_bytes:
+        raise LimitError(f"{written} bytes of names and metadata exceed the limit of {limits.text_bytes}")
     if len(metadata) != pairs or len({tensor.name for tensor in tensors}) != count:
         raise CorruptError("a name or a key of metadata occurs twice")
     _check_places(tensors, offset)

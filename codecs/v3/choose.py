@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxquant.codecs import coders, fields, planes
-from jaxquant.codecs.coders import Bytes
-from jaxquant.codecs.planes import Words
+from jaxquant.codecs.v3 import coders, halves, planes, symbols
+from jaxquant.codecs.v3.coders import Bytes
+from jaxquant.codecs.v3.planes import Words
 
 HUFFMAN_LOSS = 0.035  # bits per symbol above the entropy, code tables included
 ESCAPE_BITS = 20
@@ -27,16 +27,18 @@ class Profile:
         symbols: whether 8-bit symbols may be chosen where 4-bit exponents would do.
         trials: how many of the best estimates are encoded in full (one more where values recur, as matches are
             hard to foresee); the smallest result is kept.
+        hasty: whether a split is left out once something was made that is smaller than its estimate.
     """
 
     levels: tuple[int, ...]
     symbols: bool
     context: int
     trials: int
+    hasty: bool = False
 
 
 PROFILES = {
-    "fast": Profile(levels=(0, 1), symbols=False, context=0, trials=1),
+    "fast": Profile(levels=(0, 1), symbols=False, context=0, trials=1, hasty=True),
     "balanced": Profile(levels=(0, 3), symbols=True, context=1, trials=1),
     "small": Profile(levels=(0, 3, 12), symbols=True, context=2, trials=3),
 }
@@ -47,13 +49,13 @@ class Plan:
     """One way to split a chunk and what it is expected to cost."""
 
     bits: float
-    split: Bytes | fields.SymbolModel | int
+    split: Bytes | symbols.Model | int
     """A base row of 4-bit exponents, a model of symbols, or the predictor of byte planes."""
 
 
 def _rows(words: Words, cols: int, indices: np.ndarray) -> np.ndarray:
-    halves = fields.top_halves(words.reshape(-1, cols)[indices].reshape(-1)).reshape(-1, cols)
-    return halves if words.itemsize == 2 else halves.copy()
+    tops = halves.top_halves(words.reshape(-1, cols)[indices].reshape(-1)).reshape(-1, cols)
+    return tops if words.itemsize == 2 else tops.copy()
 
 
 def _binary_entropy(share: np.ndarray) -> np.ndarray:
@@ -113,11 +115,11 @@ def _nibbles(sample: _Sample, itemsize: int) -> Plan:
     return Plan(8 * itemsize - 8 + entropy + HUFFMAN_LOSS / 2 + lost * ESCAPE_BITS, base)
 
 
-def _tiled_entropy(symbols: np.ndarray, tile: int) -> float:
+def _tiled_entropy(coded: np.ndarray, tile: int) -> float:
     """Return the entropy of symbols given the tile of columns they are in."""
-    cols = symbols.shape[1]
+    cols = coded.shape[1]
     index = np.arange(cols, dtype=np.uint32) // tile
-    return coders.entropy(symbols + index * 256) - math.log2(cols // tile)
+    return coders.entropy(coded + index * 256) - math.log2(cols // tile)
 
 
 def _symbols(sample: _Sample, rows: int, itemsize: int, context: int) -> list[Plan]:
@@ -135,20 +137,20 @@ def _symbols(sample: _Sample, rows: int, itemsize: int, context: int) -> list[Pl
     previous = (doubt[1] < doubt[0]) & (context > 0)
     negative = np.where(previous, flips, usual) > 0.5
     base = ((magnitude + (negative.astype(np.int32) << (15 - shift))) & (0xFFFF >> shift)).astype(np.uint16)
-    against = np.where(previous, fields.SIGN, np.uint16(0)).astype(np.uint16)
+    against = np.where(previous, symbols.SIGN, np.uint16(0)).astype(np.uint16)
     coded = ((sample.halves ^ (before & against))[sample.few] >> shift) - base
-    symbols = (coded & 0x7F) | ((coded >> (8 - shift)) & 0x80) if shift == 4 else coded & 0xFF
-    entropy, cols = coders.entropy(symbols), symbols.shape[1]
+    found = (coded & 0x7F) | ((coded >> (8 - shift)) & 0x80) if shift == 4 else coded & 0xFF
+    entropy, cols = coders.entropy(found), found.shape[1]
     tile = next((narrow for narrow in (32, 64, 128, 256) if cols % narrow == 0 and rows * narrow >= 1 << 16), cols)
     laid: list[tuple[float, int, np.ndarray | None]] = [(entropy, cols, None)]
     if tile < cols and context:
-        tiled = _tiled_entropy(symbols, tile) + 0.02
+        tiled = _tiled_entropy(found, tile) + 0.02
         laid = [(tiled, tile, None) if tiled < entropy else (entropy, cols, None)]
         if context > 1 and cols <= 1 << 16:
             alike = np.lexsort((sample.typical, doubt.min(axis=0)))
-            laid.append((_tiled_entropy(symbols[:, alike], tile) + 0.02, tile, alike))
+            laid.append((_tiled_entropy(found[:, alike], tile) + 0.02, tile, alike))
     fixed = 8 * itemsize - (16 - shift) + HUFFMAN_LOSS + lost * ESCAPE_BITS
-    return [Plan(fixed + bits, fields.SymbolModel(shift, base, against, tile, order)) for bits, tile, order in laid]
+    return [Plan(fixed + bits, symbols.Model(shift, base, against, tile, order)) for bits, tile, order in laid]
 
 
 def _plane_bits(words: Words, repeats: bool, level: int) -> float:
@@ -161,14 +163,14 @@ def _plane_bits(words: Words, repeats: bool, level: int) -> float:
     return total
 
 
-def _planes(words: Words, cols: int, exponent_bits: int, repeats: bool, level: int) -> list[Plan]:
-    """Cost the byte planes of a run of consecutive rows, plain and as differences."""
+def _planes(words: Words, cols: int, exponent_bits: int, repeats: bool, level: int, *, differences: bool) -> list[Plan]:
+    """Cost the byte planes of a run of consecutive rows, plain and, if wanted, as differences."""
     rows = words.size // cols
     count = min(rows, max(4, min(64 if repeats else 16, (1 << 14) // cols)))
     first = (rows - count) // 2
     run = words[first * cols : (first + count) * cols]
     found = [Plan(_plane_bits(run, repeats, level), planes.NONE)]
-    if count < 4:
+    if count < 4 or not differences:
         return found
     ordered = planes.ORDERED if exponent_bits else 0
     for predictor in (planes.DELTA | ordered, planes.DELTA_TWICE | ordered, planes.XOR):
@@ -192,6 +194,9 @@ def recurring(words: Words, cols: int) -> bool:
 def plans(words: Words, cols: int, exponent_bits: int, repeats: bool, profile: Profile) -> list[Plan]:
     """Return the ways to split a chunk that are worth encoding in full, cheapest estimate first.
 
+    Where values recur byte planes come before the others: matches make them smaller than estimated, and what they
+    really cost shows whether the others are worth the time.
+
     Args:
         words: `rows * cols` words, flat.
         cols: words per row; a column is a channel.
@@ -200,14 +205,17 @@ def plans(words: Words, cols: int, exponent_bits: int, repeats: bool, profile: P
         profile: what may be spent.
     """
     rows = words.size // cols
-    found = []
+    found, smooth = [], True
     if rows >= 8 and exponent_bits and cols * 4 <= words.size:
         sample = _Sample(words, cols, exponent_bits)
+        smooth = sample.smooth()
         if exponent_bits == 8 and words.itemsize > 1:
             found.append(_nibbles(sample, words.itemsize))
         if profile.symbols or not found:
             found += _symbols(sample, rows, words.itemsize, profile.context)
-        if not repeats and not sample.smooth():
+        if not repeats and not smooth:
             return sorted(found, key=lambda plan: plan.bits)[: profile.trials]
-    found += _planes(words, cols, exponent_bits, repeats or not exponent_bits, profile.levels[1])
-    return sorted(found, key=lambda plan: plan.bits)[: profile.trials + repeats]
+    matched = repeats or not exponent_bits
+    found += _planes(words, cols, exponent_bits, matched, profile.levels[1], differences=smooth)
+    best = sorted(found, key=lambda plan: plan.bits)[: profile.trials + repeats]
+    return sorted(best, key=lambda plan: not isinstance(plan.split, int)) if repeats else best

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxquant.codecs import choose, coders, fields, planes
-from jaxquant.codecs.coders import Buffer, Bytes
 from jaxquant.codecs.errors import CorruptError, UnsupportedError
-from jaxquant.codecs.planes import Words
+from jaxquant.codecs.v3 import choose, coders, halves, nibbles, planes, symbols
+from jaxquant.codecs.v3.coders import Buffer, Bytes
+from jaxquant.codecs.v3.planes import Words
 
 RAW, CONSTANT, PLANES, NIBBLES, SYMBOLS = range(5)
 SORTED = 16  # flag of symbols: columns are permuted
@@ -92,14 +92,14 @@ def _repeated_rows(words: Words, cols: int) -> tuple[Words, np.ndarray] | None:
 
 
 def _encode_split(
-    words: Words, cols: int, split: Bytes | fields.SymbolModel | int, streams: _Streams
+    words: Words, cols: int, split: Bytes | symbols.Model | int, streams: _Streams
 ) -> tuple[int, int] | None:
     """Add the streams of one split; return the chunk's kind and parameter, or None if exceptions are too many."""
     if isinstance(split, int):
         streams.add_planes(planes.difference(words, cols, split), words.itemsize)
         return PLANES, split
-    if isinstance(split, fields.SymbolModel):
-        coded, low, escapes = fields.split_symbols(words, split)
+    if isinstance(split, symbols.Model):
+        coded, low, escapes = symbols.split(words, split)
         model = split.base | (split.against_previous >> np.uint16(1))
         streams.add_planes(model, 2)
         streams.add(np.frombuffer(struct.pack("<I", split.tile), np.uint8))
@@ -108,13 +108,13 @@ def _encode_split(
             parameter |= SORTED
             streams.add_planes(split.order.astype(np.uint16), 2)
     else:
-        coded, low, escapes = fields.split_nibbles(words, split)
+        coded, low, escapes = nibbles.split(words, split)
         streams.add(split)
         kind, parameter = NIBBLES, 0
     if escapes.high.size * _ESCAPE_EVERY > words.size:
         return None
     streams.add(np.frombuffer(struct.pack("<I", escapes.high.size), np.uint8))
-    streams.add(fields.pack_escapes(escapes))
+    streams.add(halves.pack_escapes(escapes))
     streams.add(coded)
     streams.add_noise(low)
     streams.add_planes(words, words.itemsize - 2)
@@ -146,7 +146,9 @@ def encode(words: Words, cols: int, exponent_bits: int, profile: choose.Profile)
         recurring = choose.recurring(inner, cols)
     for plan in choose.plans(inner, cols, exponent_bits, recurring, profile):
         if plan.bits > 7.95 * words.itemsize and repeated is None:
-            break
+            continue
+        if profile.hasty and plan.bits * inner.size > 8 * _size(best):
+            continue
         streams = _Streams(profile.levels, recurring)
         if repeated is not None:
             streams.add_planes(repeated[1].astype(np.uint32), 4)
@@ -198,11 +200,11 @@ def _decode_planes(source: _Planes, parameter: int, cols: int, out: Words) -> No
         np.copyto(out, planes.undo_difference(out, cols, parameter))
 
 
-def _take_escapes(source: _Planes, words: int) -> fields.Escapes:
+def _take_escapes(source: _Planes, words: int) -> halves.Escapes:
     count = source.take_number()
     if count * _ESCAPE_EVERY > words:
         raise CorruptError(f"a chunk of {words} words lists {count} exceptions")
-    return fields.unpack_escapes(source.take(5 * count), words)
+    return halves.unpack_escapes(source.take(5 * count), words)
 
 
 def _decode_nibbles(source: _Planes, parameter: int, cols: int, out: Words) -> None:
@@ -212,7 +214,7 @@ def _decode_nibbles(source: _Planes, parameter: int, cols: int, out: Words) -> N
     escapes = _take_escapes(source, out.size)
     packed, noise = source.take((out.size // cols + 1) // 2 * cols), source.take(out.size)
     source.take_words(out, out.itemsize - 2)
-    fields.merge_nibbles(packed, noise, base, escapes, out)
+    nibbles.merge(packed, noise, base, escapes, out)
 
 
 def _decode_symbols(source: _Planes, parameter: int, cols: int, out: Words) -> None:
@@ -233,12 +235,12 @@ def _decode_symbols(source: _Planes, parameter: int, cols: int, out: Words) -> N
         if cols > 1 << 16 or not np.array_equal(np.sort(order), np.arange(cols)):
             raise CorruptError("the order of columns is not a permutation")
     against = (packed & np.uint16(0x4000)) << np.uint16(1)
-    model = fields.SymbolModel(shift, packed & np.uint16(0x3FFF), against, tile, order)
+    model = symbols.Model(shift, packed & np.uint16(0x3FFF), against, tile, order)
     escapes = _take_escapes(source, out.size if shift == 4 else 0)
     coded = source.take(out.size)
     low = source.take((rows + 1) // 2 * cols if shift == 4 else out.size * (out.itemsize > 1))
     source.take_words(out, max(0, out.itemsize - 2))
-    fields.merge_symbols(coded, low, model, escapes, out)
+    symbols.merge(coded, low, model, escapes, out)
 
 
 _DECODERS: dict[int, Callable[[_Planes, int, int, Words], None]] = {

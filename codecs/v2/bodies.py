@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 
-from jaxquant.codecs import byteplanes, lossy, payload, runs, strategies, zframes
+from jaxquant.codecs.v2 import byteplanes, lossy, payload, runs, strategies, zframes
 
 
 def body(words: np.ndarray, strategy: int, *, stride: int = 0, seed: int = lossy.SEED) -> tuple[bytes, bytes]:
