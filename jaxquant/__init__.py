@@ -1,9 +1,9 @@
-"""KV-cache compression for JAX: packed low-bit caches, fused attention, lossless transport.
+"""KV-cache compression for JAX: packed low-bit caches, attention over codes, lossless transport.
 
 Submodules load on first use, so that importing jaxquant imports no JAX::
 
     from jaxquant import attention, cache, quantizers
-    from jaxquant.codecs import qatc          # needs NumPy and zstandard alone
+    from jaxquant.codecs import qatc          # needs no JAX
 """
 
 import importlib

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, Integer, PyTree
 
 from jaxquant._pytree import pytree, static
@@ -155,7 +156,12 @@ def write(
 
     def put(leaf: Array, slot: Array, tokens: Array) -> Array:
         slot = jnp.where(held & (slot >= 0), slot, leaf.shape[3])
-        return leaf.at[index, rows, :, slot].set(jnp.swapaxes(tokens, 1, 2).astype(leaf.dtype), mode="drop")
+        tokens = jnp.swapaxes(tokens, 1, 2).astype(leaf.dtype)
+        if leaf.dtype != jnp.bfloat16:
+            return leaf.at[index, rows, :, slot].set(tokens, mode="drop")
+        # As bits: a CPU has no bfloat16 scatter, and would widen the whole buffer for every token.
+        bits, tokens = (lax.bitcast_convert_type(x, jnp.uint16) for x in (leaf, tokens))
+        return lax.bitcast_convert_type(bits.at[index, rows, :, slot].set(tokens, mode="drop"), jnp.bfloat16)
 
     exact_sinks, exact_window = store.sinks, store.window
     if sinks:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer
 
@@ -68,7 +69,7 @@ def decode_attention(
         ((1, 8, 64), (1, 8))
     """
     _check_queries("q", q, (cache.batch, "heads", cache.dim), heads_axis=1, cache=cache)
-    _check_rule(cache, sliding_window, visible, implementation)
+    _check_rule(cache, soft_cap, sliding_window, visible, implementation)
     rule = _rule(cache, scale, soft_cap, sliding_window, visible)
     return _decode(cache, *resolve(cache, layer), q, rule)
 
@@ -116,9 +117,11 @@ def prefill_attention(
         >>> out.shape, c.length
         ((1, 3, 8, 64), Array([[3]], dtype=int32))
     """
-    _check_queries("q", q, (cache.batch, k.shape[1], "heads", cache.dim), heads_axis=2, cache=cache)
-    _check_rule(cache, sliding_window, visible, None)
     after = append(cache, layer, k, v, mask=mask)
+    _check_queries("q", q, (cache.batch, k.shape[1], "heads", cache.dim), heads_axis=2, cache=cache)
+    _check_rule(cache, soft_cap, sliding_window, visible, None)
+    if not q.shape[1]:
+        return q, jnp.zeros(q.shape[:3], jnp.float32), after
     rule = _rule(cache, scale, soft_cap, sliding_window, visible)
     out, lse = _prefill(cache, after, *resolve(cache, layer), q, k, v, mask, rule)
     return out, lse, after
@@ -135,8 +138,8 @@ def merge(
         >>> out
         Array([2.], dtype=float32)
     """
-    joined = xla.merge([xla.Partial(*first), xla.Partial(*second)])
-    return joined.out, joined.lse
+    joined = xla.merge([xla.Partial(out.astype(jnp.float32), lse) for out, lse in (first, second)])
+    return joined.out.astype(first[0].dtype), joined.lse
 
 
 @functools.partial(jax.jit, static_argnames="stack")
@@ -276,8 +279,10 @@ def _check_queries(name: str, q: Array, expected: tuple, *, heads_axis: int, cac
         )
 
 
-def _check_rule(cache: KVCache, sliding_window, visible, implementation: str | None) -> None:
-    if isinstance(sliding_window, int) and sliding_window < 1:
+def _check_rule(cache: KVCache, soft_cap, sliding_window, visible, implementation: str | None) -> None:
+    if isinstance(soft_cap, int | float | np.number) and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
+    if isinstance(sliding_window, int | np.integer) and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
     if visible is not None and visible.shape != (cache.batch, cache.capacity):
         raise ValueError(

@@ -71,6 +71,8 @@ def init(
         raise ValueError(f"window must not be negative, got {window}")
     if keys.dim != values.dim:
         raise ValueError(f"keys and values must have the same dim, got {keys.dim} and {values.dim}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating dtype, got {jnp.dtype(dtype).name}")
     outside = [layer for layer in exact_layers if not -layers <= layer < layers]
     if outside:
         raise ValueError(f"exact_layers must be from {-layers} to {layers - 1}, got {outside}")
@@ -230,6 +232,8 @@ def crop(cache: KVCache, length: int | Integer[Array, "*batch"]) -> KVCache:
         >>> crop(c, jnp.array([1, 9])).length
         Array([[1, 3]], dtype=int32)
     """
+    if jnp.shape(length) not in ((), (cache.batch,)):
+        raise ValueError(f"length must be one number or {cache.batch}, one a row, got shape {list(jnp.shape(length))}")
     kept = jnp.clip(jnp.asarray(length, jnp.int32), 0, cache.length)
     window = max(stack.window for stack in cache.stacks)
     in_window = jnp.maximum(cache.exact_from, cache.length - window)
@@ -275,6 +279,8 @@ def fork(cache: KVCache, *, copies: int) -> KVCache:
         >>> fork(c, copies=3).batch
         6
     """
+    if copies < 1:
+        raise ValueError(f"copies must be at least 1, got {copies}")
     return reorder(cache, jnp.repeat(jnp.arange(cache.batch, dtype=jnp.int32), copies))
 
 

@@ -110,12 +110,14 @@ def benchmark(
     if inputs not in measure.INPUTS:
         raise ValueError(f"--input must be one of {', '.join(measure.INPUTS)}, got {inputs!r}")
     build = _function(method, "mse")
+    given = {"scale": scale, "rotation": rotation}
+    settings = {name: value for name, value in given.items() if name in inspect.signature(build).parameters}
     rotate, draw = jax.random.split(jax.random.key(seed))
     x = measure.INPUTS[inputs](draw, vectors, dim)
     rows = []
     with _bar() as bar:
         for width in bar.track(bits or [2, 3, 4, 6, 8], description="measuring"):
-            quantizer = build(rotate, dim=dim, bits=width, scale=scale, rotation=rotation)
+            quantizer = build(rotate, dim=dim, bits=width, **settings)
             quality, speed = measure.quality(quantizer, x), measure.speed(quantizer, x)
             upper, lower = measure.bounds(width)
             rows.append({

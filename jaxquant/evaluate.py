@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxquant.cache import KVCache
 from jaxquant.models.decoder import Decoder
+from jaxquant.quantizers import Exact
 
 Progress = Callable[[int, int], object]
 
@@ -114,6 +115,9 @@ def compare(
     if fed < 1:
         raise ValueError(f"tokens must have at least 2 tokens a row, got {tokens.shape[1]}")
     graph, state = nnx.split(decoder)
+    for name, size, least in (("batch", batch, 1), ("chunk", chunk, 1), ("stepwise", stepwise, 0)):
+        if size < least:
+            raise ValueError(f"{name} must be at least {least}, got {size}")
     stepwise = min(stepwise, fed - 1)
     chunks = -(-(fed - stepwise) // chunk)
     chunk = -(-(fed - stepwise) // chunks)  # even chunks, so that one shape is compiled where they divide
@@ -123,12 +127,14 @@ def compare(
     for first in range(0, rows, batch):
         some = jnp.asarray(tokens[first : first + batch], jnp.int32)
         caches = baseline(some.shape[0]), compressed(some.shape[0])
-        if _storage(caches[1]) >= _storage(caches[0]):
+        held = [cache.bytes_per_token for cache in caches]
+        if held[1] >= min(held[0], 2 * 2 * caches[0].dim):
             raise RuntimeError(
-                f"the compressed cache holds {_storage(caches[1])} bytes, the baseline {_storage(caches[0])}: "
+                f"the compressed cache holds {held[1]} bytes a token and the baseline {held[0]}: "
                 "compression was not active"
             )
-        exact = min(stack.sinks + stack.window for stack in caches[1].stacks)
+        lossy = [stack for stack in caches[1].stacks if not isinstance(stack.keys.quantizer, Exact)]
+        exact = min((stack.sinks + stack.window for stack in lossy), default=fed)
         if exact >= fed:
             raise RuntimeError(
                 f"sinks and window keep {exact} tokens exact and a row has {fed}: compression was not active"
@@ -136,7 +142,7 @@ def compare(
         done = []
         for start, stop in zip(cuts, [*cuts[1:], fed], strict=True):
             caches, change, scores = _step(graph, state, caches, some[:, start:stop], some[:, start + 1 : stop + 1])
-            moved = max(moved, float(change))
+            moved = max(moved, float(change)) if np.isfinite(change) else np.inf
             done.append(tuple(np.asarray(score) for score in scores))
             if progress is not None:
                 progress(first * fed + some.shape[0] * stop, rows * fed)
@@ -182,10 +188,6 @@ def _step(
 
 def _pick(x: Float[Array, "batch new vocabulary"], index: Int[Array, "batch new"]) -> Float[Array, "batch new"]:
     return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
-
-
-def _storage(cache: KVCache) -> float:
-    return cache.bytes_per_token * cache.capacity
 
 
 def rows(tokens: Sequence[int] | np.ndarray, *, start: int, count: int, length: int) -> Int[np.ndarray, "count fed"]:

@@ -3,6 +3,7 @@
 Perplexity is an average over easy tokens; whether a cache can still find one token among thousands shows here.
 """
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 _ANSWER = "\nAnswer:"
-_TOKENS_OF_A_LINE = 16
+_OVERSHOOT = 16  # tokens by which a line may pass the place of the next key
 _WORDS = "amber birch cobalt delta ember falcon garnet harbor indigo jasper".split()
 _NOUNS = "anchor beacon canyon dagger engine forest glacier hammer island jungle".split()
 
@@ -42,16 +43,21 @@ def answers(tokens: Int[np.ndarray, "rows tokens"], tokenizer: Tokenizer) -> Boo
     Raises:
         ValueError: no row holds an answer.
     """
-    prompt = tokenizer.encode(_ANSWER, special=False)
-    ends: dict[int, bool] = {}
+    pieces: dict[int, str] = {}
     marked = np.zeros(tokens.shape, bool)
     for row, ids in enumerate(tokens.tolist()):
-        starts = [i for i in range(len(ids)) if ids[i : i + len(prompt)] == prompt]
-        for start in starts:
-            for i in range(start + len(prompt), len(ids)):
-                if ends.setdefault(ids[i], "\n" in tokenizer.decode([ids[i]])):
-                    break
-                marked[row, i] = True
+        # By text, not by tokens: tokenizers join the colon's neighbours in their own ways.
+        texts = [pieces.setdefault(token, tokenizer.decode([token])) for token in ids]
+        ends = list(itertools.accumulate(map(len, texts)))
+        whole = "".join(texts)
+        found = whole.find(_ANSWER)
+        while found >= 0:
+            asked = found + len(_ANSWER)
+            first = bisect.bisect_left(ends, asked) + 1
+            stop = whole.find("\n", asked)
+            last = bisect.bisect_right(ends, stop if stop >= 0 else len(whole))
+            marked[row, first:last] = True
+            found = whole.find(_ANSWER, asked)
     if not marked.any():
         raise ValueError(f"tokens holds no {_ANSWER!r}: these rows do not ask for pass keys")
     return marked[:, 1:]
@@ -71,8 +77,10 @@ def hide(
         keys: pass keys of a row.
 
     Raises:
-        ValueError: the text is too short, or a row has no room for its keys.
+        ValueError: the text is too short, a row has no room for its keys, or there are more keys than names.
     """
+    if not 1 <= keys <= len(_WORDS) * len(_NOUNS):
+        raise ValueError(f"keys must be from 1 to {len(_WORDS) * len(_NOUNS)}, got {keys}")
     lines = iter(text.replace(_ANSWER.strip(), "answer").splitlines(keepends=True))
     out = []
     for _ in range(count):
@@ -82,20 +90,33 @@ def hide(
         facts = [f"The pass key for {name} is {value}. Remember it.\n" for name, value in pairs]
         questions = "".join(f"\nQuestion: what is the pass key for {name}?{_ANSWER} {value}\n" for name, value in pairs)
         tail = tokenizer.encode(questions, special=False)
-        places = np.sort(generator.random(keys))[::-1] * 0.75
         room = length - len(tail)
-        if sum(len(tokenizer.encode(fact, special=False)) for fact in facts) > room // 2:
+        spare = room - sum(len(tokenizer.encode(fact, special=False)) for fact in facts)
+        if spare < room // 2:
             raise ValueError(f"length {length} leaves no room for text beside {keys} pass keys")
+        places = sorted(generator.random(keys) * 0.75 * spare)
         body: list[str] = []
-        ids: list[int] = []
-        while len(ids) < room:
-            more = list(itertools.islice(lines, max(1, (room - len(ids)) // _TOKENS_OF_A_LINE)))
-            if not more:
+        waiting, used = list(facts), 0
+        while used < spare:
+            while waiting and used >= places[-len(waiting)]:
+                body.append(waiting.pop(0))
+            line = next(lines, None)
+            if line is None:
                 raise ValueError(f"text is too short for {count} rows of {length} tokens")
-            body += more
-            hidden = list(body)
-            for fact, place in zip(facts, places, strict=True):
-                hidden.insert(int(place * len(body)), fact)
-            ids = tokenizer.encode("".join(hidden), special=False)
+            # A line longer than what is left before the next fact would push the fact out of the row.
+            limit = (places[-len(waiting)] if waiting else spare) - used
+            piece = tokenizer.encode(line, special=False)
+            if len(piece) > limit + _OVERSHOOT:
+                line = tokenizer.decode(piece[: int(limit) + _OVERSHOOT]).rstrip("\n") + "\n"
+                piece = tokenizer.encode(line, special=False)
+            body.append(line)
+            used += max(1, len(piece))
+        ids = tokenizer.encode("".join(body), special=False)
+        while len(ids) < room:
+            extra = next(lines, None)
+            if extra is None:
+                raise ValueError(f"text is too short for {count} rows of {length} tokens")
+            body.append(extra)
+            ids = tokenizer.encode("".join(body), special=False)
         out.append(ids[:room] + tail)
     return np.array(out, np.int64)

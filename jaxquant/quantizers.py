@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from jaxquant import codebooks, packing, sketch
@@ -24,7 +25,7 @@ class Quantized:
     """Codes of vectors. The packed bytes are the only copy of them.
 
     Attributes:
-        codes: packed codes, `ceil(dim * bits / 8)` bytes a vector; for `Exact`, the vector itself.
+        codes: packed codes, `ceil(dim * bits / 8)` bytes a vector; for `Exact`, the vector or its bits.
         scales: factor of each vector's levels, or None.
         signs: packed signs of the residual's sketch, or None.
         residuals: norm of each vector's residual, or None.
@@ -43,18 +44,25 @@ class Quantized:
 
 @pytree
 class Exact:
-    """No compression: vectors in a float dtype."""
+    """No compression: vectors in a float dtype, read with NaN as 0 and infinities as the largest finite value.
+
+    bfloat16 is held as its bits: a CPU has no bfloat16 scatter, and would widen the whole buffer for every token.
+    """
 
     dim: int = static()
     dtype: Literal["float32", "bfloat16", "float16"] = static(default="bfloat16")
 
     def quantize(self, x: Float[Array, "*batch dim"], /) -> Quantized:
         """Cast."""
-        return Quantized(codes=x.astype(self.dtype))
+        codes = x.astype(self.dtype)
+        return Quantized(codes=lax.bitcast_convert_type(codes, jnp.uint16) if self.dtype == "bfloat16" else codes)
 
     def expand(self, code: Quantized, /) -> Float[Array, "*batch dim"]:
         """Cast to float32."""
-        return code.codes.astype(jnp.float32)
+        codes = code.codes
+        if self.dtype == "bfloat16":
+            codes = lax.bitcast_convert_type(codes, jnp.bfloat16)
+        return jnp.nan_to_num(codes.astype(jnp.float32))
 
     def restore(self, y: Float[Array, "*batch dim"], /) -> Float[Array, "*batch dim"]:
         """Return `y`."""
@@ -98,6 +106,10 @@ class Scalar:
 
     def quantize(self, x: Float[Array, "*batch dim"], /) -> Quantized:
         """Code vectors."""
+        if self.codebook.centroids.shape[-1] > 2**self.bits:
+            raise ValueError(
+                f"codebook has {self.codebook.centroids.shape[-1]} levels; {self.bits} bits hold {2**self.bits}"
+            )
         norm, y = self.coordinates(x)
         codes = codebooks.assign(self.codebook, y)
         scales = norm * self._correction(y, codes)
@@ -132,7 +144,7 @@ class Scalar:
             return 1.0
         levels = codebooks.lookup(self.codebook, codes)
         along = jnp.sum(y * levels, axis=-1)
-        energy = jnp.sum(levels * levels, axis=-1)
+        energy = jnp.maximum(jnp.sum(levels * levels, axis=-1), jnp.finfo(jnp.float32).eps)
         match self.scale:
             case "preserve":
                 return (self.dim / energy) ** 0.5

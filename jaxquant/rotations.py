@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int8, PRNGKeyArray
 
 from jaxquant._pytree import pytree, static
 
-_LARGEST_FACTOR = 128  # one matrix product beats two smaller ones up to about here, on CPU and GPU alike
+_LARGEST_FACTOR = 128  # a product with one matrix this large is cheap where matrices are
 
 
 @pytree

@@ -20,8 +20,8 @@ from jaxquant.protocols import Quantizer
 Progress = Callable[[str, int, int], object]
 
 LINES = (
-    ("cache, bytes held", "cache_bytes", ",.0f"),
-    ("bytes per token and kv head", "bytes_per_token", ".1f"),
+    ("cache of the prompt, bytes held", "cache_bytes", ",.0f"),
+    ("scored text: bytes per token and kv head", "bytes_per_token", ".1f"),
     ("perplexity", "perplexity", ".4f"),
     ("KL divergence, nats", "kl", ".5f"),
     ("same most probable token", "top1", ".2%"),
@@ -185,7 +185,7 @@ class Trial:
             self.model.tokenizer,
             count=rows,
             length=seq_len + 1,
-            keys=max(1, seq_len // 128),
+            keys=min(100, max(1, seq_len // 128)),
         )
         found = self._retrieve(hidden, "bfloat16", 256, 8, progress)
         return _report(self.setting, scored, found, generated)

@@ -263,6 +263,49 @@ def test_residual_quantizer_attends_through_its_sketch():
         assert_same((out[row], lse[row]), oracle(q[row], k[row], v[row], keys=keys, values=values))
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_a_bad_element_does_not_reach_other_tokens(poison):
+    """Neither padding nor a later token may touch a row's output, window or not, coded or exact."""
+    q, k, v = tokens(13, new=12)
+    bad_k, bad_v = k.at[:, 11].set(poison), v.at[:, 11].set(poison)
+    exact = quantizers.Exact(dim=DIM, dtype="float32")
+    for held in ({}, {"window": 4}, {"sinks": 2, "window": 4}, {"quantizers_": (exact, exact)}):
+        clean, _, _ = attention.prefill_attention(q[:, :11], k[:, :11], v[:, :11], empty(**held), 0)
+        late, _, _ = attention.prefill_attention(q, bad_k, bad_v, empty(**held), 0)
+        np.testing.assert_allclose(late[:, :11], clean, atol=2e-5)
+        mask = jnp.arange(12) < 11
+        padded, _, _ = attention.prefill_attention(
+            q, bad_k, bad_v, empty(**held), 0, mask=jnp.broadcast_to(mask, (2, 12))
+        )
+        np.testing.assert_allclose(padded[:, :11], clean, atol=2e-5)
+
+
+def test_an_empty_chunk_changes_nothing():
+    q, k, v = tokens(0, new=4)
+    _, _, c = attention.prefill_attention(q, k, v, empty(sinks=1, window=2), 0)
+    out, lse, after = attention.prefill_attention(q[:, :0], k[:, :0], v[:, :0], c, 0)
+    assert out.shape == (2, 0, HEADS, DIM)
+    assert lse.shape == (2, 0, HEADS)
+    chex.assert_trees_all_equal(after, c)
+
+
+def test_bfloat16_queries_give_bfloat16_outputs_that_merge():
+    q, k, v = (x.astype(jnp.bfloat16) for x in tokens(14))
+    c = cache.append(empty(window=4, dtype=jnp.bfloat16), 0, k, v)
+    out, lse = attention.decode_attention(q[:, 0], c, 0)
+    wide, _ = attention.decode_attention(q[:, 0].astype(jnp.float32), c, 0)
+    assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_array_equal(out, wide.astype(jnp.bfloat16))
+    merged, _ = attention.merge((out, lse), (out, lse))
+    assert merged.dtype == jnp.bfloat16
+    np.testing.assert_allclose(merged.astype(jnp.float32), out.astype(jnp.float32), rtol=2**-7)
+
+
+def test_crop_takes_one_number_or_one_a_row():
+    with pytest.raises(ValueError, match=r"length must be one number or 2, one a row, got shape \[3\]"):
+        cache.crop(empty(), jnp.array([1, 2, 3]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -270,6 +313,7 @@ def test_residual_quantizer_attends_through_its_sketch():
         ({"q": jnp.zeros((1, HEADS, DIM))}, r"q must have shape \[2, 'heads', 16\], got \[1, 4, 16\]"),
         ({"layer": 5}, "layer must be from -2 to 1, got 5"),
         ({"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
+        ({"soft_cap": 0.0}, "soft_cap must be positive, got 0.0"),
         ({"visible": jnp.ones((2, 3), bool)}, r"visible must have shape \[batch, capacity\] = \[2, 64\], got \[2, 3\]"),
     ],
 )

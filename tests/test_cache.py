@@ -277,9 +277,10 @@ def pointers(tree):
 
 
 @pytest.mark.parametrize("way", ["static layer", "scan"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["plain", "all"])
-def test_a_donated_cache_is_updated_in_place(name, way):
-    held = empty(name, capacity=8192)
+def test_a_donated_cache_is_updated_in_place(name, way, dtype):
+    held = empty(name, capacity=8192, dtype=dtype)
     k, v = chunk(0)
 
     def once(held, k, v):

@@ -102,8 +102,9 @@ def test_a_cache_that_reads_no_code_is_refused(decoder, tokens, monkeypatch):
     with pytest.raises(RuntimeError, match="keep 16 tokens exact and a row has 16"):
         evaluate.compare(decoder, tokens[:, :17], baseline, windowed)
 
-    claims = itertools.cycle((1.0, 2.0))  # the compressed one is asked first
-    monkeypatch.setattr(evaluate, "_storage", lambda cache: next(claims))
+    monkeypatch.setattr(evaluate, "Exact", turboquant.quantizers.Scalar)
+    claims = itertools.cycle((2.0, 1.0))
+    monkeypatch.setattr(type(baseline(1)), "bytes_per_token", property(lambda cache: next(claims)))
     with pytest.raises(RuntimeError, match="differ by rounding alone"):
         evaluate.compare(decoder, tokens, baseline, baseline)
 
@@ -134,8 +135,9 @@ class Characters:
         return "".join(map(chr, ids))
 
 
-def test_every_hidden_key_is_marked_as_an_answer_and_can_be_found():
-    text = "x = 1\n" * 4000
+@pytest.mark.parametrize("width", [1, 6, 40, 400, 4000])
+def test_every_hidden_key_is_marked_as_an_answer_and_can_be_found(width):
+    text = ("x" * width + "\n") * max(40, 24_000 // width)
     rows = needles.hide(np.random.default_rng(0), text, Characters(), count=3, length=1500, keys=4)
     assert rows.shape == (3, 1500)
     marked = needles.answers(rows, Characters())
@@ -152,9 +154,28 @@ def test_every_hidden_key_is_marked_as_an_answer_and_can_be_found():
         assert body.endswith("\n")
 
 
+class Merging(Characters):
+    """Joins a question mark and the newline after it into one token, as many tokenizers do."""
+
+    def encode(self, text, *, special=True):
+        return super().encode(text.replace("?\n", "\x01"))
+
+    def decode(self, ids):
+        return super().decode(ids).replace("\x01", "?\n")
+
+
+def test_answers_are_found_whatever_the_tokens_are():
+    text = "x = 1\n" * 4000
+    rows = needles.hide(np.random.default_rng(0), text, Merging(), count=2, length=1500, keys=3)
+    for row, mark in zip(rows, needles.answers(rows, Merging()), strict=True):
+        assert [len(key) for key in "".join(map(chr, row[1:][mark])).split(" ")] == [0, 5, 5, 5]
+
+
 def test_text_without_questions_cannot_be_scored_for_retrieval():
     with pytest.raises(ValueError, match="do not ask for pass keys"):
         needles.answers(np.full((2, 50), ord("x")), Characters())
+    with pytest.raises(ValueError, match="keys must be from 1 to 100, got 101"):
+        needles.hide(np.random.default_rng(0), "x\n", Characters(), count=1, length=1500, keys=101)
     with pytest.raises(ValueError, match="too short"):
         needles.hide(np.random.default_rng(0), "x\n", Characters(), count=1, length=1500)
 

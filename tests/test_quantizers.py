@@ -339,8 +339,15 @@ def test_exact_stores_what_it_is_given():
     for dtype in ("float32", "bfloat16", "float16"):
         made = quantizers.Exact(dim=SMALL, dtype=dtype)
         code = quantizers.quantize(made, x)
-        assert code.codes.dtype == dtype
+        assert code.codes.dtype == ("uint16" if dtype == "bfloat16" else dtype)
         np.testing.assert_array_equal(quantizers.dequantize(made, code), x.astype(dtype).astype(jnp.float32))
+
+
+def test_a_codebook_too_large_for_its_codes_is_refused():
+    made = turboquant.mse(jax.random.key(0), dim=SMALL, bits=4)
+    narrow = quantizers.Scalar(rotation=made.rotation, codebook=made.codebook, bits=3)
+    with pytest.raises(ValueError, match="codebook has 16 levels; 3 bits hold 8"):
+        quantizers.quantize(narrow, jnp.ones((1, SMALL)))
 
 
 def test_bfloat16_input_is_coded_as_its_float32_value():

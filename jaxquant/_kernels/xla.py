@@ -104,14 +104,15 @@ def exact(
         rule: see `Rule`.
         window: where given, a row sees only the newest `window` tokens up to its own.
     """
-    scores = _cap(_scores(q.astype(jnp.float32) * rule.scale, k.astype(jnp.float32)), rule.soft_cap)
+    k, v = (jnp.nan_to_num(x.astype(jnp.float32)) for x in (k, v))  # a weight of 0 would not hide a NaN
+    scores = _cap(_scores(q.astype(jnp.float32) * rule.scale, k), rule.soft_cap)
     seen = _sees(position, token[:, None, :], rule, None) & (token >= 0)[:, None, :]
     if window is not None:
         seen &= token[:, None, :] > (position[:, :, None] - window)
     scores = jnp.where(seen[:, None], scores, -jnp.inf)
     peak = jnp.max(scores, axis=-1, initial=-jnp.inf)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0)[..., None])
-    return _normalize(peak, jnp.sum(weights, axis=-1), _mix(weights, v.astype(jnp.float32)))
+    return _normalize(peak, jnp.sum(weights, axis=-1), _mix(weights, v))
 
 
 def merge(parts: list[Partial]) -> Partial:

@@ -1,8 +1,8 @@
 """TurboQuant: a random rotation and an optimal scalar codebook, without looking at the data.
 
 `mse` is the paper's first quantizer (algorithm 1) and `prod` its second (algorithm 2), which spends one of its bits on
-a sign sketch so that inner products are unbiased. Under a softmax that extra variance costs more than the bias it
-removes, at every width measured, so caches use `mse`: `prod` is there for retrieval and for comparison.
+a sign sketch so that inner products are unbiased. Under a softmax the sketch's variance is reported to cost more than
+the bias it removes, so caches use `mse`: `prod` is there for retrieval and for comparison.
 
 References:
     A. Zandieh, M. Daliri, M. Hadian, V. Mirrokni, "TurboQuant: Online vector quantization with near-optimal distortion
@@ -37,8 +37,8 @@ def mse(
         dim: of the vectors.
         bits: a coordinate, 1 to 8.
         rotation: "rotor" and "identity" are ablations.
-        rounds: of a Hadamard rotation. None takes 3 where the scale is the norm and 1 where it corrects the length,
-            the best of the documentation's table of rotations.
+        rounds: of a Hadamard rotation. None takes 3 where the scale is the norm and 1 where it corrects the length;
+            the documentation's table of rotations says why.
         scale: what the stored scale keeps right; see `quantizers.Scalar`.
         scale_dtype: of the stored scale.
 
@@ -54,7 +54,7 @@ def mse(
         raise ValueError(f"scale must be one of {', '.join(rules)}, got {scale!r}")
     match rotation:
         case "hadamard":
-            turn = rotations.hadamard(key, dim, rounds=rounds or (3 if scale == "norm" else 1))
+            turn = rotations.hadamard(key, dim, rounds=(3 if scale == "norm" else 1) if rounds is None else rounds)
         case "haar":
             turn = rotations.haar(key, dim)
         case "rotor":

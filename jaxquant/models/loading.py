@@ -70,10 +70,6 @@ def load(path: Path | str | None = None, dtype: DTypeLike | None = None) -> Mode
     compute = (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16) if dtype is None else dtype
     architecture = architectures.read(folder)
     tokenizer = Tokenizer.read(folder)
-    if tokenizer.size > architecture.vocabulary:
-        raise ValueError(
-            f"{folder}: tokenizer.json knows {tokenizer.size} tokens, config.json only {architecture.vocabulary}"
-        )
     return Model(
         folder=folder,
         architecture=architecture,
