@@ -262,7 +262,12 @@ LIES = {
         "no quantizer",
     ),
     "other fields": (lambda r: half(r)["quantizer"]["fields"].pop("bits"), UnsupportedError, "has the fields"),
-    "other bits": (lambda r: half(r)["quantizer"]["fields"].update(bits=2), CorruptError, "must be uint8"),
+    "other bits": (lambda r: half(r)["quantizer"]["fields"].update(bits=5), CorruptError, "must be uint8"),
+    "bits too few for the codebook": (
+        lambda r: half(r)["quantizer"]["fields"].update(bits=2),
+        CorruptError,
+        "not work",
+    ),
     "bits of another kind": (lambda r: half(r)["quantizer"]["fields"].update(bits="4"), CorruptError, "not work"),
     "no bits": (lambda r: half(r)["quantizer"]["fields"].update(bits=None), CorruptError, "not work"),
     "an array that is missing": (lambda r: half(r).update(quantizer={"array": "x"}), CorruptError, "no tensor"),

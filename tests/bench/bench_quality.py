@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+import jax
+
 from jaxquant import trial
 from jaxquant.methods import turboquant
 
@@ -23,12 +25,26 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--needle-rows", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rotation", default="hadamard")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--scale-k")
+    parser.add_argument("--scale-v")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+
+    def method(key, *, dim, bits_k, bits_v):
+        """Build what caches use, with the scales and rotations of the command line in its place."""
+        usual = turboquant.kv(key, dim=dim, bits_k=bits_k, bits_v=bits_v)
+        scales = (options.scale_k or usual[0].scale, options.scale_v or usual[1].scale)
+        return tuple(
+            turboquant.mse(part, dim=dim, bits=bits, rotation=options.rotation, rounds=options.rounds, scale=scale)
+            for part, bits, scale in zip(jax.random.split(key), (bits_k, bits_v), scales, strict=True)
+        )
+
     reports = []
     for k, v, sinks, window in SETTINGS:
         chosen = trial.Trial.load(
-            options.model, turboquant.kv, bits_k=k, bits_v=v, sinks=sinks, window=window, seed=options.seed
+            options.model, method, bits_k=k, bits_v=v, sinks=sinks, window=window, seed=options.seed
         )
         report = chosen.measure(
             options.tokens, start=0, rows=options.rows, seq_len=options.seq_len, needle_file=options.needles,
