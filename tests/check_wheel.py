@@ -30,7 +30,7 @@ def main(wheel: str, tree: str) -> None:
     assert not strangers, f"top-level names beside jaxquant: {strangers}"
 
     jaxquant = importlib.import_module("jaxquant")
-    assert tree not in str(jaxquant.__file__), f"imported from the tree: {jaxquant.__file__}"
+    assert not Path(jaxquant.__file__).is_relative_to(tree), f"imported from the tree: {jaxquant.__file__}"
     assert "jax" not in sys.modules, "importing jaxquant imported jax"
     importlib.import_module("jaxquant.codecs")
     assert "jax" not in sys.modules, "importing jaxquant.codecs imported jax"
