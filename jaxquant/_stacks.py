@@ -1,5 +1,6 @@
 """What a cache is made of: stacks of layers with packed codes, exact first tokens and a ring of exact newest tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -140,6 +141,7 @@ def write(
     x: Float[Array, "batch kv_heads new dim"],
     position: Int[Array, "batch new"],
     length: Int[Array, " batch"],
+    encode: Callable[[Store, Index, Array, Array], PyTree[Any]] | None = None,
 ) -> Store:
     """Store new tokens of layer `index`.
 
@@ -149,6 +151,8 @@ def write(
         x: the tokens.
         position: of each token in its row; tokens at `length` or beyond are dropped.
         length: of each row, the new tokens included.
+        encode: codes tokens [batch, new, kv_heads, dim] into slots [batch, new] (negative: dropped) and returns the
+            store's codes; None quantizes, then scatters.
     """
     rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     sinks, window = store.sinks.shape[3], store.window.shape[3]
@@ -169,7 +173,11 @@ def write(
     if window:
         newest = position >= length[:, None] - window
         exact_window = put(store.window, jnp.where(newest, position % window, -1), x)
-    codes = jax.tree.map(lambda leaf, new: put(leaf, position - sinks, new), store.codes, store.quantizer.quantize(x))
+    if encode is not None:
+        codes = encode(store, index, jnp.swapaxes(x, 1, 2), jnp.where(held, position - sinks, -1))
+    else:
+        coded = store.quantizer.quantize(x)
+        codes = jax.tree.map(lambda leaf, new: put(leaf, position - sinks, new), store.codes, coded)
     return Store(quantizer=store.quantizer, codes=codes, sinks=exact_sinks, window=exact_window)
 
 

@@ -15,13 +15,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxquant import _stacks
-from jaxquant._kernels import xla
+from jaxquant._kernels import cuda, nvrtc, xla
 from jaxquant._stacks import Index, Stack
 from jaxquant.cache import KVCache, append, resolve, switch
 
 _QUERY_CHUNK = 256  # tokens of a prefill chunk that are scored at a time
 
-Implementation = Literal["xla"]
+Implementation = Literal["xla", "cuda"]
 Number = float | Float[Array, ""]
 
 
@@ -49,14 +49,16 @@ def decode_attention(
         soft_cap: bound of the scores, `cap * tanh(score / cap)`.
         sliding_window: newest tokens that may be seen; all if None.
         visible: False hides the token at that position of the row.
-        implementation: "xla" runs everywhere and is the reference; None picks the fastest there is.
+        implementation: "xla" runs everywhere and is the reference; "cuda" is fused and needs an NVIDIA GPU; None takes
+            "cuda" where it can read this cache, and "xla" elsewhere.
 
     Returns:
         The output, in q's dtype, and the natural log of the sum of exponentials of the scores, in float32, by which
         outputs over different tokens can be merged. Rows without a visible token give 0 and -inf.
 
     Raises:
-        ValueError: a shape does not fit the cache, or an argument is out of range.
+        ValueError: a shape does not fit the cache, an argument is out of range, or the implementation that was asked
+            for cannot read this cache.
 
     Example:
         >>> from jaxquant import cache
@@ -69,9 +71,9 @@ def decode_attention(
         ((1, 8, 64), (1, 8))
     """
     _check_queries("q", q, (cache.batch, "heads", cache.dim), heads_axis=1, cache=cache)
-    _check_rule(cache, soft_cap, sliding_window, visible, implementation)
+    _check_rule(cache, soft_cap, sliding_window, visible)
     rule = _rule(cache, scale, soft_cap, sliding_window, visible)
-    return _decode(cache, *resolve(cache, layer), q, rule)
+    return _decode(cache, *resolve(cache, layer), q, rule, _choose(implementation, cache, q.shape[1], rule))
 
 
 def prefill_attention(
@@ -119,7 +121,7 @@ def prefill_attention(
     """
     after = append(cache, layer, k, v, mask=mask)
     _check_queries("q", q, (cache.batch, k.shape[1], "heads", cache.dim), heads_axis=2, cache=cache)
-    _check_rule(cache, soft_cap, sliding_window, visible, None)
+    _check_rule(cache, soft_cap, sliding_window, visible)
     if not q.shape[1]:
         return q, jnp.zeros(q.shape[:3], jnp.float32), after
     rule = _rule(cache, scale, soft_cap, sliding_window, visible)
@@ -142,8 +144,10 @@ def merge(
     return joined.out.astype(first[0].dtype), joined.lse
 
 
-@functools.partial(jax.jit, static_argnames="stack")
-def _decode(cache: KVCache, layer: Index, stack: int | None, q: Array, rule: xla.Rule) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames=("stack", "chosen"))
+def _decode(
+    cache: KVCache, layer: Index, stack: int | None, q: Array, rule: xla.Rule, chosen: tuple[str, ...]
+) -> tuple[Array, Array]:
     length, exact_from = cache.length[layer], cache.exact_from[layer]
     position = length[:, None] - 1
 
@@ -151,7 +155,13 @@ def _decode(cache: KVCache, layer: Index, stack: int | None, q: Array, rule: xla
         held = cache.stacks[which]
         queries = _rows(q[:, None], held)
         where = _repeat(position, q.shape[1], held)
-        parts = [xla.coded(held, index, queries, where, exact_from, rule), *_sinks(held, index, queries, where, rule)]
+        if chosen[which] == "cuda":
+            exact = held.sinks or held.window  # parts are joined in float32
+            fused = q.astype(jnp.float32) if exact else q
+            parts = [cuda.coded(held, index, fused, layer, cache.length, cache.exact_from, rule)]
+        else:
+            parts = [xla.coded(held, index, queries, where, exact_from, rule)]
+        parts += _sinks(held, index, queries, where, rule)
         if held.window:
             token = _stacks.ring_positions(length, held.window)
             token = jnp.where((token >= exact_from[:, None]) & (token >= held.sinks), token, -1)
@@ -279,7 +289,7 @@ def _check_queries(name: str, q: Array, expected: tuple, *, heads_axis: int, cac
         )
 
 
-def _check_rule(cache: KVCache, soft_cap, sliding_window, visible, implementation: str | None) -> None:
+def _check_rule(cache: KVCache, soft_cap, sliding_window, visible) -> None:
     if isinstance(soft_cap, int | float | np.number) and not soft_cap > 0:
         raise ValueError(f"soft_cap must be positive, got {soft_cap}")
     if isinstance(sliding_window, int | np.integer) and sliding_window < 1:
@@ -288,5 +298,17 @@ def _check_rule(cache: KVCache, soft_cap, sliding_window, visible, implementatio
         raise ValueError(
             f"visible must have shape [batch, capacity] = {[cache.batch, cache.capacity]}, got {list(visible.shape)}"
         )
-    if implementation not in (None, "xla"):
-        raise ValueError(f"implementation must be None or 'xla', got {implementation!r}")
+
+
+def _choose(implementation: Implementation | None, cache: KVCache, heads: int, rule: xla.Rule) -> tuple[str, ...]:
+    """Give the implementation for each stack."""
+    if implementation not in (None, "xla", "cuda"):
+        raise ValueError(f"implementation must be None, 'xla' or 'cuda', got {implementation!r}")
+    if implementation == "xla" or (implementation is None and nvrtc.capability() is None):
+        return ("xla",) * len(cache.stacks)
+    obstacles = [cuda.unsupported(stack, heads // cache.kv_heads, rule) for stack in cache.stacks]
+    if implementation is None:
+        return tuple("xla" if obstacle else "cuda" for obstacle in obstacles)
+    if all(obstacles):
+        raise ValueError(f"implementation 'cuda' cannot read this cache: {obstacles[0]}")
+    return tuple("xla" if obstacle else "cuda" for obstacle in obstacles)

@@ -9,7 +9,7 @@ Layers are stacked on a leading axis. Layers named in `exact_layers` form a seco
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxquant import _stacks
+from jaxquant._kernels import cuda_encode, nvrtc
 from jaxquant._stacks import Index, KVCache, Stack, Store
 from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import Exact
 
 T = TypeVar("T")
+Implementation = Literal["xla", "cuda"]
 
 
 def init(
@@ -113,6 +115,7 @@ def append(
     v: Float[Array, "batch new kv_heads dim"],
     *,
     mask: Bool[Array, "batch new"] | None = None,
+    implementation: Implementation | None = None,
 ) -> KVCache:
     """Add tokens to the end of every row of one layer.
 
@@ -124,9 +127,12 @@ def append(
         k: keys, as attention will read them (after any position encoding).
         v: values.
         mask: False marks padding, anywhere in the row; such tokens are not stored.
+        implementation: "xla" runs everywhere; "cuda" codes and writes in one kernel, on an NVIDIA GPU; None takes "cuda"
+            where it can code for this cache, and "xla" elsewhere.
 
     Raises:
-        ValueError: a shape does not fit the cache, or `layer` is out of range.
+        ValueError: a shape does not fit the cache, `layer` is out of range, or the implementation that was asked for
+            cannot code for this cache.
 
     Example:
         >>> from jaxquant.quantizers import Exact
@@ -142,11 +148,32 @@ def append(
             )
     if mask is not None and mask.shape != k.shape[:2]:
         raise ValueError(f"mask must have shape [batch, new] = {list(k.shape[:2])}, got {list(mask.shape)}")
-    return _append(cache, *resolve(cache, layer), k, v, mask)
+    return _append(cache, *resolve(cache, layer), k, v, mask, _choose(implementation, cache))
 
 
-@functools.partial(jax.jit, static_argnames="stack")
-def _append(cache: KVCache, layer: Index, stack: int | None, k: Array, v: Array, mask: Array | None) -> KVCache:
+def _choose(implementation: Implementation | None, cache: KVCache) -> tuple[tuple[bool, bool], ...]:
+    """Say for the keys and values of each stack whether the fused kernel codes them."""
+    if implementation not in (None, "xla", "cuda"):
+        raise ValueError(f"implementation must be None, 'xla' or 'cuda', got {implementation!r}")
+    if implementation == "xla" or (implementation is None and nvrtc.capability() is None):
+        return ((False, False),) * len(cache.stacks)
+    stores = [(stack.keys, stack.values) for stack in cache.stacks]
+    obstacles = [[cuda_encode.unsupported(store) for store in pair] for pair in stores]
+    if implementation == "cuda" and all(obstacle for pair in obstacles for obstacle in pair):
+        raise ValueError(f"implementation 'cuda' cannot code for this cache: {obstacles[0][0]}")
+    return tuple((not keys, not values) for keys, values in obstacles)
+
+
+@functools.partial(jax.jit, static_argnames=("stack", "fused"))
+def _append(
+    cache: KVCache,
+    layer: Index,
+    stack: int | None,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    fused: tuple[tuple[bool, bool], ...],
+) -> KVCache:
     start = cache.length[layer]
     valid = jnp.ones(k.shape[:2], bool) if mask is None else mask
     count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
@@ -160,10 +187,13 @@ def _append(cache: KVCache, layer: Index, stack: int | None, k: Array, v: Array,
     for i, held in enumerate(stacks):
         if stack in (i, None):
             place = jnp.where(which == i, index, held.layers)
-            stacks[i] = Stack(
-                keys=_stacks.write(held.keys, place, jnp.swapaxes(k, 1, 2), position, length),
-                values=_stacks.write(held.values, place, jnp.swapaxes(v, 1, 2), position, length),
+            keys, values = (
+                _stacks.write(
+                    store, place, jnp.swapaxes(x, 1, 2), position, length, cuda_encode.encode if fuse else None
+                )
+                for store, x, fuse in zip((held.keys, held.values), (k, v), fused[i], strict=True)
             )
+            stacks[i] = Stack(keys=keys, values=values)
 
     return KVCache(
         stacks=tuple(stacks),

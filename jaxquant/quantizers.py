@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree, UInt8
 
@@ -91,6 +92,9 @@ class Scalar:
     Norms are computed in float32, without overflow or underflow on the way, limited to 2**126, and stored in
     `scale_dtype`, clamped to its finite range. A zero vector decodes to zero. NaN counts as 0 and infinities as the
     largest finite value, so that one bad element cannot reach the other tokens.
+
+    Codes are indices of levels, but for 4 bits: bit 3 is set below the middle of the codebook, and the low three bits
+    count from there.
     """
 
     rotation: Rotation
@@ -113,7 +117,9 @@ class Scalar:
         norm, y = self.coordinates(x)
         codes = codebooks.assign(self.codebook, y)
         scales = norm * self._correction(y, codes)
-        return Quantized(codes=packing.pack(codes, bits=self.bits), scales=_finite(scales, self.scale_dtype))
+        return Quantized(
+            codes=packing.pack(self._stored(codes), bits=self.bits), scales=_finite(scales, self.scale_dtype)
+        )
 
     def coordinates(
         self, x: Float[Array, "*batch dim"], /
@@ -124,7 +130,8 @@ class Scalar:
 
     def levels(self, code: Quantized, /) -> Float[Array, "*batch dim"]:
         """Look up the unscaled levels c."""
-        return codebooks.lookup(self.codebook, packing.unpack(code.codes, bits=self.bits, length=self.dim))
+        stored = packing.unpack(code.codes, bits=self.bits, length=self.dim)
+        return codebooks.lookup(self.codebook, self._stored(stored, inverse=True))
 
     def expand(self, code: Quantized, /) -> Float[Array, "*batch dim"]:
         """Look up and scale."""
@@ -138,6 +145,13 @@ class Scalar:
     def project(self, q: Float[Array, "*batch dim"], /) -> Float[Array, "*batch dim"]:
         """Rotate."""
         return self.rotation.rotate(q.astype(jnp.float32))
+
+    def _stored(self, codes: UInt8[Array, "*batch dim"], *, inverse: bool = False) -> UInt8[Array, "*batch dim"]:
+        """Map indices of levels to stored codes: at 4 bits, a sign (8 where negative) and a magnitude."""
+        if self.bits != 4:
+            return codes
+        upper = codes < np.uint8(8) if inverse else codes >= np.uint8(8)
+        return codes ^ jnp.where(upper, np.uint8(8), np.uint8(15))
 
     def _correction(self, y: Float[Array, "*batch dim"], codes: UInt8[Array, "*batch dim"]) -> Array | float:
         if self.scale == "norm":

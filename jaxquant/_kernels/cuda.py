@@ -1,0 +1,266 @@
+"""Fused decode attention for NVIDIA GPUs, from compute capability 8.0 on.
+
+The kernels are CUDA C++ in `sources/`, compiled for the shapes at hand when they are first traced. `decode` reads the
+stacked buffers in place: the layer, the lengths and the settings are operands in device memory, so that nothing is
+sliced, copied or synchronized; `combine` joins its parts. `docs/kernels.md` has the design and what it reaches.
+"""
+
+import functools
+import importlib.resources
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxquant._kernels import nvrtc
+from jaxquant._kernels.xla import Partial, Rule
+from jaxquant._stacks import Index, Stack
+from jaxquant.quantizers import Quantized, Scalar
+from jaxquant.rotations import Hadamard, Identity
+
+_TILE = 32
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+_DIMS = (64, 80, 96, 128, 256)
+_SHARED = 200 * 1024  # bytes of a multiprocessor's shared memory that its blocks share
+
+
+def unsupported(stack: Stack, heads: int, rule: Rule) -> str | None:
+    """Say why these kernels cannot read a stack, or return None where they can.
+
+    Args:
+        stack: the storage.
+        heads: query heads that share a kv head.
+        rule: of the attention.
+    """
+    for name, store in {"keys": stack.keys, "values": stack.values}.items():
+        quantizer = store.quantizer
+        if not isinstance(quantizer, Scalar):
+            return f"{name} are held by {type(quantizer).__name__}, not by quantizers.Scalar"
+        if book(quantizer) is None:
+            return f"{name} have {quantizer.bits} bits and a codebook of grid {quantizer.codebook.grid!r}"
+        if quantizer.dim not in _DIMS:
+            return f"dim is {quantizer.dim}, not one of {', '.join(map(str, _DIMS))}"
+    if not 1 <= heads <= 16:
+        return f"{heads} query heads share a kv head, more than 16"
+    if stack.slots < _TILE:
+        return f"there is room for {stack.slots} coded tokens, fewer than {_TILE}"
+    if rule.visible is not None:
+        return "`visible` is given"
+    return None
+
+
+def coded(
+    stack: Stack,
+    index: Index,
+    q: Float[Array, "batch heads dim"],
+    layer: Index,
+    length: Int[Array, "layers batch"],
+    exact_from: Int[Array, "layers batch"],
+    rule: Rule,
+) -> Partial:
+    """Attend from the newest token of every row to the coded tokens.
+
+    Args:
+        stack: the storage; `unsupported` returned None for it.
+        index: of the layer within the stack.
+        q: queries, in any of the float dtypes.
+        layer: of the lengths.
+        length: tokens held.
+        exact_from: see `KVCache`.
+        rule: see `Rule`.
+
+    Returns:
+        The output in q's dtype, [batch, kv_heads, heads / kv_heads, dim], and its log-sum-exp.
+    """
+    keys, values = stack.keys.quantizer, stack.values.quantizer
+    assert isinstance(keys, Scalar)
+    assert isinstance(values, Scalar)
+    layers, batch, kv_heads, slots = stack.keys.codes.codes.shape[:4]
+    heads, dim = q.shape[1] // kv_heads, q.shape[2]
+    key_rounds, value_rounds = rounds(keys), rounds(values)
+    dtype = q.dtype.name
+    asked = q.dtype
+    if key_rounds is None:
+        q = keys.project(q)
+        dtype = "float32"
+    if value_rounds is None:
+        dtype = "float32"
+        q = q.astype(dtype)
+    decode, combine = kernels(
+        dim=dim,
+        heads=heads,
+        bits=(keys.bits, values.bits),
+        books=(str(book(keys)), str(book(values))),
+        scales=(keys.scale_dtype, values.scale_dtype),
+        queries=dtype,
+        rounds=(key_rounds or 0, value_rounds or 0),
+        soft_cap=rule.soft_cap is not None,
+        sliding=rule.sliding_window is not None,
+        even=slots % 8 == 0,
+    )
+    shape = _shape(dim, heads)
+    passes = -(-heads // shape.columns)
+    parts = _parts(batch * kv_heads * passes, slots, shape)
+    nothing = jnp.zeros((), jnp.float32)
+    key_codes, value_codes = stack.keys.codes, stack.values.codes
+    partial, sums = decode(
+        [
+            q,
+            jnp.asarray(layer, jnp.int32),
+            jnp.asarray(index, jnp.int32),
+            length,
+            exact_from,
+            rule.scale,
+            nothing if rule.soft_cap is None else rule.soft_cap,
+            jnp.zeros((), jnp.int32) if rule.sliding_window is None else rule.sliding_window,
+            *_operands(key_codes, keys),
+            signs(keys),
+            *_operands(value_codes, values),
+        ],
+        [layers, batch, kv_heads, slots, stack.sinks, stack.window, length.shape[0]],
+        [
+            jax.ShapeDtypeStruct((batch * kv_heads * heads, parts, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch * kv_heads * heads, parts, 2), jnp.float32),
+        ],
+        grid=(batch * kv_heads * passes, parts),
+    )
+    out, lse = combine(
+        [partial, sums, signs(values)],
+        [parts],
+        [
+            jax.ShapeDtypeStruct((batch, kv_heads, heads, dim), dtype),
+            jax.ShapeDtypeStruct((batch, kv_heads, heads), jnp.float32),
+        ],
+        grid=(batch * kv_heads * heads, 1),
+    )
+    if value_rounds is None:
+        out = values.restore(out)
+    return Partial(out.astype(asked), lse)
+
+
+@functools.cache
+def kernels(
+    *,
+    dim: int,
+    heads: int,
+    bits: tuple[int, int],
+    books: tuple[str, str],
+    scales: tuple[str, str],
+    queries: str,
+    rounds: tuple[int, int],
+    soft_cap: bool,
+    sliding: bool,
+    even: bool,
+    capability: tuple[int, int] | None = None,
+) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
+    """Compile `decode` and `combine` for one configuration."""
+    capability = capability or nvrtc.capability() or (9, 0)
+    ways = 8
+    shape = _shape(dim, heads)
+    stage = _TILE * (dim * sum(bits) // 8 + sum(4 if scale == "float32" else 2 for scale in scales))
+    room = _SHARED // shape.blocks - 2 * shape.columns * (dim + 8) - 2048
+    stages = max(2, min(3, room // (shape.warps * stage)))
+    shared = shape.warps * max(stages * stage, 4 * shape.columns * (dim + 1))
+    constants = {
+        "D": dim,
+        "HEADS": heads,
+        "KEY_BITS": bits[0],
+        "VALUE_BITS": bits[1],
+        "KEY_SCALES": DTYPES[scales[0]],
+        "VALUE_SCALES": DTYPES[scales[1]],
+        "QUERIES": DTYPES[queries],
+        "KEY_ROUNDS": rounds[0],
+        "VALUE_ROUNDS": rounds[1],
+        "SOFT_CAP": int(soft_cap),
+        "SLIDING": int(sliding),
+        "WARPS": shape.warps,
+        "BLOCKS": shape.blocks,
+        "WAYS": ways,
+        "STAGES": stages,
+        "EVEN": int(even),
+    }
+    numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
+    grids = f"constexpr Book KEY_BOOK = {books[0]}, VALUE_BOOK = {books[1]};"
+    text = source("codes.cuh", numbers, grids, "decode.cu")
+    return (
+        nvrtc.Kernel("decode", text, threads=32 * shape.warps, capability=capability, shared=shared),
+        nvrtc.Kernel("combine", source(numbers, "combine.cu"), threads=32 * ways, capability=capability),
+    )
+
+
+def source(*parts: str) -> str:
+    """Put a source together: files of `sources/` after the ones all need, and text that is no file's name."""
+    folder = importlib.resources.files("jaxquant._kernels") / "sources"
+    files = ("intrinsics.cuh", "rotate.cuh", *parts)
+    return "\n".join((folder / part).read_text() if part.endswith((".cu", ".cuh")) else part for part in files)
+
+
+def _operands(code: Quantized, quantizer: Scalar) -> list[Array]:
+    assert code.scales is not None
+    return [code.codes, code.scales, quantizer.codebook.centroids]
+
+
+def book(quantizer: Scalar) -> str | None:
+    """Give the kernels' name of a codebook (`sources/codes.cuh`), or None where they have none."""
+    match quantizer.bits, quantizer.codebook.grid:
+        case 2, "uniform":
+            return "UNIFORM"
+        case 4, "symmetric":
+            return "SYMMETRIC"
+        case 2 | 3 | 4, "bytes":
+            return "ANY"
+        case 8, _:
+            return "TABLE"
+    return None
+
+
+def rounds(quantizer: Scalar) -> int | None:
+    """Give the rounds of a rotation the kernels can do themselves, or None."""
+    rotation: Any = quantizer.rotation
+    if isinstance(rotation, Identity):
+        return 0
+    if isinstance(rotation, Hadamard) and quantizer.dim & (quantizer.dim - 1) == 0:
+        return rotation.signs.shape[0]
+    return None
+
+
+def signs(quantizer: Scalar) -> Array:
+    """Give the signs of a rotation of which `rounds` is not 0."""
+    rotation: Any = quantizer.rotation
+    return rotation.signs if rounds(quantizer) else jnp.zeros((1, 1), jnp.int8)
+
+
+class _Shape(NamedTuple):
+    """Query heads and warps of a block, and blocks that a multiprocessor is to hold, which bounds their registers."""
+
+    columns: int
+    warps: int
+    blocks: int
+
+
+def _shape(dim: int, heads: int) -> _Shape:
+    if dim == 256:
+        return _Shape(columns=8, warps=4, blocks=2)
+    return _Shape(columns=16, warps=6, blocks=2) if heads > 8 else _Shape(columns=8, warps=8, blocks=2)
+
+
+def _parts(rows: int, slots: int, shape: _Shape) -> int:
+    """Choose into how many parts a row's tokens are split, so that blocks fill the device and its last wave."""
+    places = shape.blocks * cores()
+    most = max(1, min(256, slots // (_TILE * shape.warps)))
+
+    def waste(parts: int) -> float:
+        waves = rows * parts / places
+        return math.ceil(waves) / waves + 0.004 * parts
+
+    return min(range(1, most + 1), key=waste)
+
+
+def cores() -> int:
+    """Count the multiprocessors of the first GPU."""
+    try:
+        return jax.devices("cuda")[0].core_count  # pyright: ignore[reportAttributeAccessIssue]
+    except (RuntimeError, AttributeError):
+        return 132

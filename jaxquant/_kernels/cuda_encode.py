@@ -1,0 +1,108 @@
+"""Fused coding for NVIDIA GPUs: rotate, normalize, assign, scale, pack and write into the cache, in one pass.
+
+The kernel writes into the buffers it is given: where XLA may give them up, as in a step that donates the cache, nothing
+is copied.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxquant._kernels import cuda, nvrtc
+from jaxquant._stacks import Index, Store
+from jaxquant.quantizers import Quantized, Scalar
+
+_WARPS = 4
+_BLOCKS = 3  # a multiprocessor
+_RULES = {"norm": 0, "preserve": 1, "unbiased": 2, "least_squares": 3}
+
+
+def unsupported(store: Store) -> str | None:
+    """Say why the kernel cannot code for a store, or return None where it can."""
+    quantizer = store.quantizer
+    if not isinstance(quantizer, Scalar):
+        return f"vectors are held by {type(quantizer).__name__}, not by quantizers.Scalar"
+    if cuda.book(quantizer) is None:
+        return f"vectors have {quantizer.bits} bits and a codebook of grid {quantizer.codebook.grid!r}"
+    if quantizer.codebook.centroids.shape[-1] != 2**quantizer.bits:
+        return f"the codebook has {quantizer.codebook.centroids.shape[-1]} levels, not {2**quantizer.bits}"
+    if quantizer.dim not in (64, 128, 256):
+        return f"dim is {quantizer.dim}, not 64, 128 or 256"
+    return None
+
+
+def encode(
+    store: Store, index: Index, x: Float[Array, "batch new kv_heads dim"], slot: Int[Array, "batch new"]
+) -> Quantized:
+    """Code vectors into slots of a layer.
+
+    Args:
+        store: `unsupported` returned None for it.
+        index: of the layer; beyond the last one, nothing is stored.
+        x: the vectors, in any of the float dtypes.
+        slot: of each token; outside of the store, the token is dropped.
+
+    Returns:
+        The codes of the whole store.
+    """
+    quantizer: Any = store.quantizer
+    held = store.codes
+    rounds = cuda.rounds(quantizer)
+    if rounds is None:
+        x = quantizer.rotation.rotate(jnp.nan_to_num(x.astype(jnp.float32)))
+    made = kernel(
+        dim=quantizer.dim,
+        bits=quantizer.bits,
+        book=cuda.book(quantizer),
+        scales=quantizer.scale_dtype,
+        given=x.dtype.name,
+        rounds=rounds or 0,
+        rule=quantizer.scale,
+    )
+    layers, batch, kv_heads, slots = held.codes.shape[:4]
+    vectors = batch * x.shape[1] * kv_heads
+    codes, scales = made(
+        [
+            x,
+            jnp.asarray(index, jnp.int32),
+            slot,
+            quantizer.codebook.centroids,
+            cuda.signs(quantizer),
+            held.codes,
+            held.scales,
+        ],
+        [layers, batch, x.shape[1], kv_heads, slots],
+        [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (held.codes, held.scales)],
+        grid=(max(1, min(-(-vectors // (16 * _WARPS)), 4 * _BLOCKS * cuda.cores())), 1),
+        aliases={5: 0, 6: 1},
+    )
+    return Quantized(codes=codes, scales=scales)
+
+
+@functools.cache
+def kernel(
+    *,
+    dim: int,
+    bits: int,
+    book: str,
+    scales: str,
+    given: str,
+    rounds: int,
+    rule: str,
+    capability: tuple[int, int] | None = None,
+) -> nvrtc.Kernel:
+    """Compile the kernel for one configuration."""
+    constants = {
+        "D": dim,
+        "BITS": bits,
+        "SCALES": cuda.DTYPES[scales],
+        "INPUT": cuda.DTYPES[given],
+        "ROUNDS": rounds,
+        "RULE": _RULES[rule],
+    }
+    numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
+    text = cuda.source("codes.cuh", numbers, f"constexpr Book BOOK = {book};", "encode.cu")
+    return nvrtc.Kernel("encode", text, threads=32 * _WARPS, capability=capability or nvrtc.capability() or (9, 0))

@@ -1,0 +1,263 @@
+// Code new tokens and write them into the cache in one pass: rotate, normalize, assign, scale, pack.
+//
+// A warp takes 16 vectors at a time. Lane (g, t), g = lane / 4 and t = lane % 4, holds coordinates i D/4 + t D/16 + r,
+// i < 4 and r < D/16, of vectors g and g + 8: those whose codes share bytes. Of a Hadamard transform, tensor cores do
+// the four bits of a coordinate's index that are t and the lowest of r, and butterflies in registers the others. Their
+// product takes numbers of 8 bits: anything finer than bfloat16 goes through as a sum of two.
+//
+// Compiled with: D (a power of two), BITS, BOOK, SCALES and INPUT (0 float, 1 bfloat16, 2 half), ROUNDS, RULE (0 norm,
+// 1 preserve, 2 unbiased, 3 least squares).
+typedef Layout<D, BITS> L;
+constexpr int WARPS = 4, THREADS = 32 * WARPS, LEVELS = 1 << BITS;
+constexpr int RUN = D / 16, HELD = D / 4, PLANES = L::PER_WORD / 4, SPAN = HELD / PLANES;  // SPAN: field bytes of a lane
+constexpr float HUGE_FLOAT = 3.4028235e38f, EPSILON = 1.1920929e-7f;
+
+DEVICE int coordinate(int t, int i) { return i / RUN * (D / 4) + t * RUN + i % RUN; }
+
+// One round without its factor 1 / sqrt(D): a[] and b[] are the lane's shares of two vectors.
+DEVICE void transform(float (&a)[HELD], float (&b)[HELD], const u32 (&basis)[2][2], bool exact) {
+#pragma unroll
+    for (int i = 0; i < HELD; i += 4) {
+        float out[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+        u32 x[4];
+        const float* from[4] = {a + i, b + i, a + i + 2, b + i + 2};
+#pragma unroll
+        for (int k = 0; k < 4; k++) x[k] = pack_bfloats(from[k][0], from[k][1]);
+#pragma unroll
+        for (int u = 0; u < 2; u++) multiply_bfloats(out[u], x[0], x[1], x[2], x[3], basis[u][0], basis[u][1]);
+        if (!exact) {
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                x[k] = pack_bfloats(from[k][0] - bits_to_float(x[k] << 16), from[k][1] - bits_to_float(x[k] & 0xffff0000u));
+#pragma unroll
+            for (int u = 0; u < 2; u++) multiply_bfloats(out[u], x[0], x[1], x[2], x[3], basis[u][0], basis[u][1]);
+        }
+#pragma unroll
+        for (int u = 0; u < 2; u++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) a[i + 2 * u + e] = out[u][e], b[i + 2 * u + e] = out[u][2 + e];
+    }
+#pragma unroll
+    for (int half = 4; half < HELD; half *= 2)
+#pragma unroll
+        for (int i = 0; i < HELD; i++)
+            if (!(i & half)) {
+                const float p = a[i], q = b[i];
+                a[i] = p + a[i + half], a[i + half] = p - a[i + half];
+                b[i] = q + b[i + half], b[i + half] = q - b[i + half];
+            }
+}
+
+// The lane's share of a vector, multiplied by signs of the first round.
+DEVICE void read_share(float (&y)[HELD], const void* x, long long vector, int t, const u32 (&signs)[HELD / 32 + 1]) {
+#pragma unroll
+    for (int i = 0; i < HELD; i += 4) {
+        const long long at = vector * D + coordinate(t, i);
+        u32 bits[4];
+        if (INPUT == 0) {
+            const Words4 w = load128((const u8*)x + 4 * at);
+            bits[0] = w.x, bits[1] = w.y, bits[2] = w.z, bits[3] = w.w;
+        } else {
+            const Words2 w = load64((const u8*)x + 2 * at);
+            bits[0] = w.x << 16, bits[1] = w.x & 0xffff0000u, bits[2] = w.y << 16, bits[3] = w.y & 0xffff0000u;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            if (INPUT == 2) bits[k] = float_to_bits(half_to_float(bits[k] >> 16));
+            if (ROUNDS) bits[k] ^= (signs[(i + k) / 32] << (31 - (i + k) % 32)) & 0x80000000u;
+            y[i + k] = bits_to_float(bits[k]);
+        }
+    }
+}
+
+// NaN becomes 0 and infinities the largest number; a power of two brings the largest magnitude to [1, 2). Its inverse.
+DEVICE float tame(float (&y)[HELD]) {
+    float peak = 0.0f;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        y[i] = y[i] != y[i] ? 0.0f : fminf(fmaxf(y[i], -HUGE_FLOAT), HUGE_FLOAT);
+        peak = fmaxf(peak, fabsf(y[i]));
+    }
+    peak = fmaxf(peak, shuffle_xor(peak, 1));
+    peak = fmaxf(peak, shuffle_xor(peak, 2));
+    int exponent = (int)(float_to_bits(peak) >> 23) - 127;
+    exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+    const float down = bits_to_float((u32)(127 - exponent) << 23);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) y[i] *= down;
+    return bits_to_float((u32)(127 + exponent) << 23);
+}
+
+DEVICE float sum_of_four(float x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+}
+
+// The number of thresholds below y, which form a tree: entry 1 is asked first, then 2 or 3, then one of 4 to 7, ...
+DEVICE int assign(float y, const float* thresholds) {
+    int at = 1;
+#pragma unroll
+    for (int bit = 0; bit < BITS; bit++) at = 2 * at + (y > thresholds[at]);
+    return at - LEVELS;
+}
+
+// The same for a tree of three or seven in registers.
+template <int DEPTH>
+DEVICE int assign_few(float y, const float (&t)[8]) {
+    const bool high = y > t[1];
+    const bool middle = y > (high ? t[3] : t[2]);
+    if (DEPTH == 2) return 2 * high + middle;
+    const float left = middle ? t[5] : t[4], right = middle ? t[7] : t[6];
+    return 4 * high + 2 * middle + (y > (high ? right : left));
+}
+
+// Code a vector whose coordinates are y * unit with unit variance, and write it. `size` is its length.
+DEVICE void write(float (&y)[HELD], float unit, float size, const float (&few)[8], const float* thresholds,
+                  const float* level_of, u8* codes, u8* scales, long long place, bool wanted, int t) {
+    constexpr bool MIRRORED = BOOK == SYMMETRIC, FEW = MIRRORED || BITS <= 3;
+    float scaled[8];
+#pragma unroll
+    for (int i = 1; i < 8; i++) scaled[i] = FEW ? few[i] / unit : 0.0f;
+    float along = 0.0f, energy = 0.0f;
+    u32 field[SPAN / 4], third[SPAN / 4];
+#pragma unroll
+    for (int i = 0; i < SPAN / 4; i++) field[i] = third[i] = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const int byte = i % SPAN, plane = i / SPAN;
+        u32 code;
+        float level;
+        if (MIRRORED) {
+            const int rank = assign_few<3>(fabsf(y[i]), scaled);
+            const bool up = y[i] > 0.0f;
+            code = up ? rank : 8 + rank;
+            level = level_of[8 + rank];
+            if (RULE > 1) level = up ? level : -level;
+        } else {
+            const int rank = FEW ? assign_few<BITS == 2 ? 2 : 3>(y[i], scaled) : assign(y[i] * unit, thresholds);
+            code = BITS == 4 ? (rank >= 8 ? rank - 8 : 15 - rank) : rank;
+            level = level_of[rank];
+        }
+        if (RULE > 1) along += y[i] * level;
+        if (RULE % 2) energy += level * level;
+        field[byte / 4] |= (BITS == 3 ? code & 3 : code) << (8 * (byte % 4) + L::FIELD * plane);
+        if (BITS == 3) third[byte / 4] |= (code >> 2) << (8 * (byte % 4) + 2 * plane);
+    }
+    float scale = size;
+    if (RULE == 1) scale *= sqrtf((float)D / fmaxf(sum_of_four(energy), EPSILON));
+    if (RULE == 2) scale *= (float)D / fmaxf(sum_of_four(along) * unit, EPSILON);
+    if (RULE == 3) scale *= sum_of_four(along) * unit / fmaxf(sum_of_four(energy), EPSILON);
+    if (SCALES) scale = fminf(scale, SCALES == 2 ? 65504.0f : 3.3895314e38f);
+
+    // Bytes run with a coordinate's low bits; at 4 bits a lane's are two runs of D / 16, otherwise one.
+    u8* to = codes + place * L::ROW;
+#pragma unroll
+    for (int i = 0; i < SPAN; i += 4)
+        if (wanted) *(u32*)(to + i / RUN * (D / 4) + t * RUN + i % RUN) = field[i / 4];
+    if (BITS == 3) {
+        // Third bits of lanes t and t + 2 share bytes.
+#pragma unroll
+        for (int i = 0; i < SPAN / 4; i++) {
+            third[i] <<= t / 2;
+            third[i] |= shuffle_xor(third[i], 2);
+            if (wanted && t < 2) *(u32*)(to + L::STRIDE + t * RUN + 4 * i) = third[i];
+        }
+    }
+    if (wanted && t == 0) store(scales, place, scale, SCALES);
+}
+
+KERNEL(THREADS, 3) encode(const void* __restrict__ x, const int* __restrict__ index, const int* __restrict__ slot,
+                          const float* __restrict__ levels, const signed char* __restrict__ signs, const u8*, const u8*,
+                          u8* codes, u8* scales, int layers, int batch, int count, int kv_heads, int slots) {
+    SHARED float thresholds[LEVELS], level_of[LEVELS];
+    // A tree in an array: threshold i comes at the depth that the zeros at its end say.
+    for (int i = thread(); i < LEVELS; i += THREADS) {
+        level_of[i] = levels[i];
+        if (i > 0) {
+            int stride = 1;
+            while (i % (2 * stride) == 0) stride *= 2;
+            thresholds[(LEVELS / 2 + i / 2) / stride] = (levels[i] + levels[i - 1]) / 2;
+        }
+    }
+    sync();
+    float few[8];
+#pragma unroll
+    for (int i = 1; i < 8; i++) {
+        const int depth = i >= 4 ? 2 : i >= 2 ? 1 : 0;
+        const int rank = 8 + ((2 * (i - (1 << depth)) + 1) << (2 - depth));
+        few[i] = BOOK == SYMMETRIC ? (level_of[rank % LEVELS] + level_of[(rank - 1) % LEVELS]) / 2 : thresholds[i % LEVELS];
+    }
+
+    const int lane = thread() % 32, g = lane / 4, t = lane % 4;
+    u32 basis[2][2], sign_bits[HELD / 32 + 1];
+#pragma unroll
+    for (int u = 0; u < 2; u++)
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            // Row 2 t + e of the basis's upper (k = 1) or lower half, column g of its left or right: inner bits t, e, k.
+            const u32 even = parity(t & g / 2) ^ (u & k), odd = even ^ (g & 1);
+            basis[u][k] = 0x3f803f80u | even << 15 | odd << 31;
+        }
+#pragma unroll
+    for (int i = 0; i < HELD / 32 + 1; i++) sign_bits[i] = 0;
+    if (ROUNDS)
+#pragma unroll
+        for (int i = 0; i < HELD; i++) sign_bits[i / 32] |= (u32)(signs[coordinate(t, i)] < 0) << i % 32;
+
+    const long long vectors = (long long)batch * count * kv_heads, stride = (long long)blocks_x() * WARPS * 16;
+    const int held = index[0];
+    for (long long group = ((long long)block_x() * WARPS + thread() / 32) * 16; group < vectors; group += stride) {
+        long long vector[2], place[2];
+        bool wanted[2];
+#pragma unroll
+        for (int v = 0; v < 2; v++) {
+            vector[v] = group + g + 8 * v;
+            const bool mine = vector[v] < vectors;
+            vector[v] = mine ? vector[v] : vectors - 1;
+            const long long token = vector[v] / kv_heads;
+            const int at = slot[token];
+            wanted[v] = mine && at >= 0 && at < slots && held >= 0 && held < layers;
+            place[v] = (((long long)held * batch + token / count) * kv_heads + vector[v] % kv_heads) * slots + at;
+        }
+        float y[2][HELD], square[2], grown[2] = {1.0f, 1.0f};
+#pragma unroll 1
+        for (int attempt = 0; attempt < 2; attempt++) {
+#pragma unroll
+            for (int v = 0; v < 2; v++) {
+                read_share(y[v], x, vector[v], t, sign_bits);
+                if (attempt) grown[v] = tame(y[v]);
+            }
+#pragma unroll
+            for (int round = 0; round < ROUNDS; round++) {
+                if (round)
+#pragma unroll
+                    for (int i = 0; i < HELD; i++) {
+                        const float sign = signs[round * D + coordinate(t, i)];
+                        y[0][i] *= sign, y[1][i] *= sign;
+                    }
+                transform(y[0], y[1], basis, INPUT == 1 && round == 0);
+            }
+            bool fine = true;
+#pragma unroll
+            for (int v = 0; v < 2; v++) {
+                square[v] = 0.0f;
+#pragma unroll
+                for (int i = 0; i < HELD; i++) square[v] += y[v][i] * y[v][i];
+                square[v] = sum_of_four(square[v]);
+                fine = fine && square[v] > 1e-24f && square[v] < 1e36f;
+            }
+            if (!any_lane(!fine)) break;
+        }
+        float rounds = 1.0f;
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++) rounds *= rsqrt_(D);
+#pragma unroll
+        for (int v = 0; v < 2; v++) {
+            const float unit = square[v] > 0.0f ? rsqrt_(square[v] / D) : 1.0f;
+            float size = sqrtf(square[v]) * rounds;
+            size = grown[v] > 1.0f ? fminf(size * (grown[v] * 5.421010862427522e-20f), 4611686018427387904.0f) *
+                                         18446744073709551616.0f : size * grown[v];
+            write(y[v], unit, size, few, thresholds, level_of, codes, scales, place[v], wanted[v], t);
+        }
+    }
+}
