@@ -14,29 +14,14 @@ constexpr float HUGE_FLOAT = 3.4028235e38f, EPSILON = 1.1920929e-7f;
 
 DEVICE int coordinate(int t, int i) { return i / RUN * (D / 4) + t * RUN + i % RUN; }
 
+// Four coordinates of two vectors, in bfloat16, times the basis.
+DEVICE void turn(float (&out)[2][4], const u32 (&x)[4], const u32 (&basis)[2][2]) {
+#pragma unroll
+    for (int u = 0; u < 2; u++) multiply_bfloats(out[u], x[0], x[1], x[2], x[3], basis[u][0], basis[u][1]);
+}
+
 // One round without its factor 1 / sqrt(D): a[] and b[] are the lane's shares of two vectors.
-DEVICE void transform(float (&a)[HELD], float (&b)[HELD], const u32 (&basis)[2][2], bool exact) {
-#pragma unroll
-    for (int i = 0; i < HELD; i += 4) {
-        float out[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
-        u32 x[4];
-        const float* from[4] = {a + i, b + i, a + i + 2, b + i + 2};
-#pragma unroll
-        for (int k = 0; k < 4; k++) x[k] = pack_bfloats(from[k][0], from[k][1]);
-#pragma unroll
-        for (int u = 0; u < 2; u++) multiply_bfloats(out[u], x[0], x[1], x[2], x[3], basis[u][0], basis[u][1]);
-        if (!exact) {
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-                x[k] = pack_bfloats(from[k][0] - bits_to_float(x[k] << 16), from[k][1] - bits_to_float(x[k] & 0xffff0000u));
-#pragma unroll
-            for (int u = 0; u < 2; u++) multiply_bfloats(out[u], x[0], x[1], x[2], x[3], basis[u][0], basis[u][1]);
-        }
-#pragma unroll
-        for (int u = 0; u < 2; u++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) a[i + 2 * u + e] = out[u][e], b[i + 2 * u + e] = out[u][2 + e];
-    }
+DEVICE void butterflies(float (&a)[HELD], float (&b)[HELD]) {
 #pragma unroll
     for (int half = 4; half < HELD; half *= 2)
 #pragma unroll
@@ -48,25 +33,56 @@ DEVICE void transform(float (&a)[HELD], float (&b)[HELD], const u32 (&basis)[2][
             }
 }
 
-// The lane's share of a vector, multiplied by signs of the first round.
-DEVICE void read_share(float (&y)[HELD], const void* x, long long vector, int t, const u32 (&signs)[HELD / 32 + 1]) {
+DEVICE void transform(float (&a)[HELD], float (&b)[HELD], const u32 (&basis)[2][2]) {
 #pragma unroll
     for (int i = 0; i < HELD; i += 4) {
-        const long long at = vector * D + coordinate(t, i);
-        u32 bits[4];
-        if (INPUT == 0) {
-            const Words4 w = load128((const u8*)x + 4 * at);
-            bits[0] = w.x, bits[1] = w.y, bits[2] = w.z, bits[3] = w.w;
-        } else {
-            const Words2 w = load64((const u8*)x + 2 * at);
-            bits[0] = w.x << 16, bits[1] = w.x & 0xffff0000u, bits[2] = w.y << 16, bits[3] = w.y & 0xffff0000u;
+        float out[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+        u32 x[4];
+        const float* from[4] = {a + i, b + i, a + i + 2, b + i + 2};
+#pragma unroll
+        for (int k = 0; k < 4; k++) x[k] = pack_bfloats(from[k][0], from[k][1]);
+        turn(out, x, basis);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            x[k] = pack_bfloats(from[k][0] - bits_to_float(x[k] << 16), from[k][1] - bits_to_float(x[k] & 0xffff0000u));
+        turn(out, x, basis);
+#pragma unroll
+        for (int c = 0; c < 4; c++) a[i + c] = out[c / 2][c % 2], b[i + c] = out[c / 2][2 + c % 2];
+    }
+    butterflies(a, b);
+}
+
+// Read two vectors of bfloat16, with the signs of the first round, and transform them as they are.
+DEVICE void read_and_transform(float (&a)[HELD], float (&b)[HELD], const u8* first, const u8* second, int t,
+                               const u32 (&flips)[HELD / 2], const u32 (&basis)[2][2]) {
+    const u8* from[2] = {first + 2 * t * RUN, second + 2 * t * RUN};
+    u32 words[2][HELD / 2];
+#pragma unroll
+    for (int v = 0; v < 2; v++)
+#pragma unroll
+        for (int run = 0; run < 4; run++) {
+            u32 some[RUN / 2];
+            load_words<RUN / 2, RUN >= 8 ? 16 : 8>(from[v] + run * D / 2, some);
+#pragma unroll
+            for (int k = 0; k < RUN / 2; k++) words[v][run * RUN / 2 + k] = some[k] ^ flips[run * RUN / 2 + k];
         }
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (INPUT == 2) bits[k] = float_to_bits(half_to_float(bits[k] >> 16));
-            if (ROUNDS) bits[k] ^= (signs[(i + k) / 32] << (31 - (i + k) % 32)) & 0x80000000u;
-            y[i + k] = bits_to_float(bits[k]);
-        }
+    for (int i = 0; i < HELD; i += 4) {
+        float out[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+        const u32 x[4] = {words[0][i / 2], words[1][i / 2], words[0][i / 2 + 1], words[1][i / 2 + 1]};
+        turn(out, x, basis);
+#pragma unroll
+        for (int c = 0; c < 4; c++) a[i + c] = out[c / 2][c % 2], b[i + c] = out[c / 2][2 + c % 2];
+    }
+    butterflies(a, b);
+}
+
+// Read the lane's share of a vector, with the signs of the first round.
+DEVICE void read_share(float (&y)[HELD], const void* x, long long vector, int t, const u32 (&flips)[HELD / 2]) {
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const u32 flip = i % 2 ? flips[i / 2] & 0x80000000u : flips[i / 2] << 16;
+        y[i] = bits_to_float(float_to_bits(read(x, vector * D + coordinate(t, i), INPUT)) ^ flip);
     }
 }
 
@@ -93,6 +109,32 @@ DEVICE float sum_of_four(float x) {
     return x + shuffle_xor(x, 2);
 }
 
+// Codes by cells. Thresholds lie on a grid: of half the step of the levels, or of the whole one where they are
+// equidistant. A cell (i - 1, i] of it is an entry of a table: a level whose lowest bits are the code instead.
+constexpr bool TREE = BOOK == TABLE;
+constexpr int CELLS = TREE ? 1 : BOOK == UNIFORM ? LEVELS : 513;
+struct Cells {
+    float origin, per_cell;  // index = ceil(y * per_cell + origin)
+};
+
+DEVICE Cells cells_of(const float* levels) {
+    const float low = levels[0], high = levels[LEVELS - 1];
+    Cells cells;
+    if (BOOK == UNIFORM) {
+        cells.per_cell = (LEVELS - 1) / (high - low);
+        cells.origin = LEVELS / 2 - 1;
+    } else if (BOOK == SYMMETRIC) {
+        cells.per_cell = 2.0f * 127.5f / high;
+        cells.origin = 256.0f;
+    } else {
+        cells.per_cell = 2.0f * 255.0f / (high - low);
+        cells.origin = 1.0f - low * cells.per_cell;
+    }
+    return cells;
+}
+
+DEVICE u32 stored(int rank) { return BITS != 4 ? rank : rank >= 8 ? rank - 8 : 15 - rank; }
+
 // The number of thresholds below y, which form a tree: entry 1 is asked first, then 2 or 3, then one of 4 to 7, ...
 DEVICE int assign(float y, const float* thresholds) {
     int at = 1;
@@ -101,23 +143,11 @@ DEVICE int assign(float y, const float* thresholds) {
     return at - LEVELS;
 }
 
-// The same for a tree of three or seven in registers.
-template <int DEPTH>
-DEVICE int assign_few(float y, const float (&t)[8]) {
-    const bool high = y > t[1];
-    const bool middle = y > (high ? t[3] : t[2]);
-    if (DEPTH == 2) return 2 * high + middle;
-    const float left = middle ? t[5] : t[4], right = middle ? t[7] : t[6];
-    return 4 * high + 2 * middle + (y > (high ? right : left));
-}
-
 // Code a vector whose coordinates are y * unit with unit variance, and write it. `size` is its length.
-DEVICE void write(float (&y)[HELD], float unit, float size, const float (&few)[8], const float* thresholds,
-                  const float* level_of, u8* codes, u8* scales, long long place, bool wanted, int t) {
-    constexpr bool MIRRORED = BOOK == SYMMETRIC, FEW = MIRRORED || BITS <= 3;
-    float scaled[8];
-#pragma unroll
-    for (int i = 1; i < 8; i++) scaled[i] = FEW ? few[i] / unit : 0.0f;
+DEVICE void write(const float (&y)[HELD], float unit, float size, const Cells& cells, const u32* table,
+                  const float* thresholds, const float* level_of, u8* codes, u8* scales, long long place, bool wanted,
+                  int t) {
+    const float per_cell = unit * cells.per_cell, magic = 8388608.0f;  // floats from 2^23 on are integers
     float along = 0.0f, energy = 0.0f;
     u32 field[SPAN / 4], third[SPAN / 4];
 #pragma unroll
@@ -127,21 +157,20 @@ DEVICE void write(float (&y)[HELD], float unit, float size, const float (&few)[8
         const int byte = i % SPAN, plane = i / SPAN;
         u32 code;
         float level;
-        if (MIRRORED) {
-            const int rank = assign_few<3>(fabsf(y[i]), scaled);
-            const bool up = y[i] > 0.0f;
-            code = up ? rank : 8 + rank;
-            level = level_of[8 + rank];
-            if (RULE > 1) level = up ? level : -level;
+        if (TREE) {
+            code = assign(y[i] * unit, thresholds);
+            level = level_of[code];
         } else {
-            const int rank = FEW ? assign_few<BITS == 2 ? 2 : 3>(y[i], scaled) : assign(y[i] * unit, thresholds);
-            code = BITS == 4 ? (rank >= 8 ? rank - 8 : 15 - rank) : rank;
-            level = level_of[rank];
+            float cell = add_up(multiply_add(y[i], per_cell, cells.origin), magic);
+            cell = fminf(fmaxf(cell, magic), magic + (CELLS - 1));
+            const u32 entry = table[float_to_bits(cell) - 0x4b000000u];
+            code = entry & (LEVELS - 1);
+            level = bits_to_float(entry);
         }
         if (RULE > 1) along += y[i] * level;
         if (RULE % 2) energy += level * level;
-        field[byte / 4] |= (BITS == 3 ? code & 3 : code) << (8 * (byte % 4) + L::FIELD * plane);
-        if (BITS == 3) third[byte / 4] |= (code >> 2) << (8 * (byte % 4) + 2 * plane);
+        field[byte / 4] += (BITS == 3 ? code & 3 : code) << (8 * (byte % 4) + L::FIELD * plane);
+        if (BITS == 3) third[byte / 4] += (code >> 2) << (8 * (byte % 4) + 2 * plane);
     }
     float scale = size;
     if (RULE == 1) scale *= sqrtf((float)D / fmaxf(sum_of_four(energy), EPSILON));
@@ -170,6 +199,7 @@ KERNEL(THREADS, 3) encode(const void* __restrict__ x, const int* __restrict__ in
                           const float* __restrict__ levels, const signed char* __restrict__ signs, const u8*, const u8*,
                           u8* codes, u8* scales, int layers, int batch, int count, int kv_heads, int slots) {
     SHARED float thresholds[LEVELS], level_of[LEVELS];
+    SHARED u32 table[CELLS];
     // A tree in an array: threshold i comes at the depth that the zeros at its end say.
     for (int i = thread(); i < LEVELS; i += THREADS) {
         level_of[i] = levels[i];
@@ -180,16 +210,15 @@ KERNEL(THREADS, 3) encode(const void* __restrict__ x, const int* __restrict__ in
         }
     }
     sync();
-    float few[8];
-#pragma unroll
-    for (int i = 1; i < 8; i++) {
-        const int depth = i >= 4 ? 2 : i >= 2 ? 1 : 0;
-        const int rank = 8 + ((2 * (i - (1 << depth)) + 1) << (2 - depth));
-        few[i] = BOOK == SYMMETRIC ? (level_of[rank % LEVELS] + level_of[(rank - 1) % LEVELS]) / 2 : thresholds[i % LEVELS];
+    const Cells cells = cells_of(level_of);
+    for (int i = thread(); i < CELLS && !TREE; i += THREADS) {
+        const int rank = assign(((float)i - 0.5f - cells.origin) / cells.per_cell, thresholds);
+        table[i] = (float_to_bits(level_of[rank]) & ~(LEVELS - 1u)) | stored(rank);
     }
+    sync();
 
     const int lane = thread() % 32, g = lane / 4, t = lane % 4;
-    u32 basis[2][2], sign_bits[HELD / 32 + 1];
+    u32 basis[2][2], flips[HELD / 2];
 #pragma unroll
     for (int u = 0; u < 2; u++)
 #pragma unroll
@@ -199,10 +228,11 @@ KERNEL(THREADS, 3) encode(const void* __restrict__ x, const int* __restrict__ in
             basis[u][k] = 0x3f803f80u | even << 15 | odd << 31;
         }
 #pragma unroll
-    for (int i = 0; i < HELD / 32 + 1; i++) sign_bits[i] = 0;
-    if (ROUNDS)
-#pragma unroll
-        for (int i = 0; i < HELD; i++) sign_bits[i / 32] |= (u32)(signs[coordinate(t, i)] < 0) << i % 32;
+    for (int i = 0; i < HELD / 2; i++) {
+        flips[i] = 0;
+        if (ROUNDS)
+            flips[i] = (signs[coordinate(t, 2 * i)] < 0 ? 0x8000u : 0u) | (signs[coordinate(t, 2 * i + 1)] < 0 ? 0x80000000u : 0u);
+    }
 
     const long long vectors = (long long)batch * count * kv_heads, stride = (long long)blocks_x() * WARPS * 16;
     const int held = index[0];
@@ -222,20 +252,24 @@ KERNEL(THREADS, 3) encode(const void* __restrict__ x, const int* __restrict__ in
         float y[2][HELD], square[2], grown[2] = {1.0f, 1.0f};
 #pragma unroll 1
         for (int attempt = 0; attempt < 2; attempt++) {
+            if (INPUT == 1 && ROUNDS && !attempt) {
+                read_and_transform(y[0], y[1], (const u8*)x + vector[0] * 2 * D, (const u8*)x + vector[1] * 2 * D, t, flips, basis);
+            } else {
 #pragma unroll
-            for (int v = 0; v < 2; v++) {
-                read_share(y[v], x, vector[v], t, sign_bits);
-                if (attempt) grown[v] = tame(y[v]);
+                for (int v = 0; v < 2; v++) {
+                    read_share(y[v], x, vector[v], t, flips);
+                    if (attempt) grown[v] = tame(y[v]);
+                }
+                if (ROUNDS) transform(y[0], y[1], basis);
             }
 #pragma unroll
-            for (int round = 0; round < ROUNDS; round++) {
-                if (round)
+            for (int round = 1; round < ROUNDS; round++) {
 #pragma unroll
-                    for (int i = 0; i < HELD; i++) {
-                        const float sign = signs[round * D + coordinate(t, i)];
-                        y[0][i] *= sign, y[1][i] *= sign;
-                    }
-                transform(y[0], y[1], basis, INPUT == 1 && round == 0);
+                for (int i = 0; i < HELD; i++) {
+                    const float sign = signs[round * D + coordinate(t, i)];
+                    y[0][i] *= sign, y[1][i] *= sign;
+                }
+                transform(y[0], y[1], basis);
             }
             bool fine = true;
 #pragma unroll
@@ -257,7 +291,7 @@ KERNEL(THREADS, 3) encode(const void* __restrict__ x, const int* __restrict__ in
             float size = sqrtf(square[v]) * rounds;
             size = grown[v] > 1.0f ? fminf(size * (grown[v] * 5.421010862427522e-20f), 4611686018427387904.0f) *
                                          18446744073709551616.0f : size * grown[v];
-            write(y[v], unit, size, few, thresholds, level_of, codes, scales, place[v], wanted[v], t);
+            write(y[v], unit, size, cells, table, thresholds, level_of, codes, scales, place[v], wanted[v], t);
         }
     }
 }
