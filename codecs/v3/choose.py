@@ -232,8 +232,8 @@ def plans(
             return sorted(found, key=lambda plan: plan.bits)[: profile.trials]
     matched = repeats or not exponent_bits
     plain = _planes(words, cols, exponent_bits, matched, profile.levels[1], differences=smooth)
-    if repeats and profile.hasty and beside and not distinct and plain[0].bits > beside.bits - MATCHED:
-        return [beside, *found]  # matches among exponents alone, at two thirds of the time
-    found += plain
-    best = sorted(found, key=lambda plan: plan.bits)[: profile.trials + repeats]
-    return sorted(best, key=lambda plan: not isinstance(plan.split, int)) if repeats else best
+    matching = [beside] if repeats and beside and not distinct else []
+    if matching and profile.hasty and plain[0].bits > matching[0].bits - MATCHED:
+        return [*matching, *found]  # matches among exponents alone take two thirds of the time
+    best = sorted(found + plain, key=lambda plan: plan.bits)[: profile.trials + repeats]
+    return matching + (sorted(best, key=lambda plan: not isinstance(plan.split, int)) if repeats else best)

@@ -95,6 +95,11 @@ class Writer:
         if not append:
             self._write(layout.header())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes written so far; of the whole file once the writer is closed."""
+        return self._at
+
     def _open_to_append(self, file: Path | Sink) -> BinaryIO:
         if not isinstance(file, str | os.PathLike):
             raise ValueError("append=True needs a path")
