@@ -14,6 +14,7 @@ from jaxquant.codecs import atomic, buffers, qatc, v2, v3, workers
 from jaxquant.codecs.errors import CorruptError
 from jaxquant.codecs.limits import Limits
 from jaxquant.codecs.v2 import arrays, compact, container, fnv, payload
+from jaxquant.codecs.v3 import choose
 
 Progress = Callable[[int, int], None]
 SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
@@ -57,6 +58,12 @@ def encode_file(
         with _output(target) as file:
             if profile == "v2" and target != "-":
                 written = _stream(values, file, chunk, stride, threads, report)
+            elif profile in choose.PROFILES:
+                count = workers.available() if threads is None else threads
+                size = v3.CHUNK if chunk is None else chunk * values.itemsize
+                with v3.Writer(file, profile=profile, chunk=size, threads=count) as writer:
+                    writer.add("", values)
+                written = writer.nbytes
             else:
                 flat = values.reshape(-1) if profile == "parity" and shape is None else values
                 written = file.write(qatc.encode(flat, profile=profile, chunk=chunk, stride=stride, threads=threads))

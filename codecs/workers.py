@@ -31,7 +31,7 @@ def ordered(function: Callable[[Item], Result], items: Iterable[Item], threads: 
         return map(function, items)
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     rest = iter(items)
-    waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(rest, 16 * threads))
+    waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(rest, 4 * threads))
     return _results(function, rest, pool, waiting)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -221,3 +222,31 @@ def test_numcodecs_codec():
 
 def test_standard_input_of_any_kind(raw):
     assert qatc.decode(io.BytesIO(qatc.encode(np.fromfile(raw, np.float32)))).tobytes() == raw.read_bytes()
+
+
+@pytest.mark.parametrize("profile", ["fast", "balanced"])
+def test_v3_is_written_as_it_is_made(tmp_path, profile):
+    source, target = tmp_path / "values.npy", tmp_path / "x.qatc"
+    values = np.random.default_rng(0).standard_normal((1 << 16, 64), np.float32)
+    np.save(source, values)
+    found = files.encode_file(str(source), str(target), profile=profile, threads=1)
+    assert target.read_bytes() == qatc.encode(values, profile=profile)
+    assert found["bytes"] == target.stat().st_size
+    tracemalloc.start()
+    files.encode_file(str(source), str(target), profile=profile, threads=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    qatc.encode(np.load(source, mmap_mode="r"), profile=profile, threads=1)
+    whole = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20 < found["bytes"] < whole  # memory does not grow with the file, as it does for bytes
+
+
+def test_v3_into_a_pipe(raw):
+    program = [sys.executable, "-c", "from jaxquant.qatc_cli import app; app()"]
+    encoded = subprocess.run(
+        [*program, "encode", "-", "-", "--dtype", "f32", "--profile", "fast", "--shape", "500,100"],
+        input=raw.read_bytes(),
+        capture_output=True,
+        check=True,
+    ).stdout
+    assert encoded == qatc.encode(np.fromfile(raw, np.float32).reshape(500, 100), profile="fast")

@@ -1,6 +1,7 @@
 """Encode, decode and inspect QATC v2 containers and bare QATQ payloads held in memory."""
 
 import functools
+import io
 from collections.abc import Iterator
 
 import numpy as np
@@ -113,15 +114,19 @@ def encode_payload(words: np.ndarray, dtype: str, stride: int) -> bytes:
 
 def encode(words: np.ndarray, dtype: str, *, exact: bool, chunk: int, stride: int, threads: int) -> bytes:
     """Write a container; arguments as in `chunks`."""
-    made = []
+    file = io.BytesIO()  # parts are copied as they come, so that their memory serves the next chunks
+    file.write(container.head(words.size, count(words, chunk), 0))
 
     def parts() -> Iterator:
         for chunk_parts in chunks(words, dtype, exact=exact, chunk=chunk, stride=stride, threads=threads):
-            made.extend(chunk_parts)
-            yield from chunk_parts
+            for part in chunk_parts:
+                file.write(part)
+                yield part
 
     checksum = fnv.fnv1a_parts(parts())
-    return b"".join([container.head(words.size, count(words, chunk), checksum), *made])
+    file.seek(0)
+    file.write(container.head(words.size, count(words, chunk), checksum))
+    return file.getvalue()
 
 
 def count(words: np.ndarray, chunk: int) -> int:

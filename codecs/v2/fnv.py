@@ -110,7 +110,7 @@ def fnv1a_rows(words: np.ndarray, *, swapped: bool = False) -> list[int]:
         with xla.wide():
             while wide.shape[1] - done >= _XLA_WORDS:
                 np.copyto(pitched, wide[:, done : done + _XLA_WORDS])
-                lanes = xla.hashes(lanes, np.ascontiguousarray(pitched.T), swapped=swapped)
+                lanes = xla.hashes(lanes, xla.transposed(pitched), swapped=swapped)
                 done += _XLA_WORDS
         states = lanes.tolist()
     tails = words[:, done * 8 // words.itemsize :]
@@ -151,7 +151,7 @@ def _harmless() -> bool:
 
 def _xla_lanes(xla, rows: np.ndarray, state: int) -> int:
     """Hash consecutive rows of words, one lane each, by the compiled loops."""
-    words = np.ascontiguousarray(rows.T)
+    words = xla.transposed(rows)
     starts = _low_bytes(xla.columns(words), state & 255, xla.low_bytes)
     return _combine(state, starts, xla.hashes(starts.astype(np.uint64), words), 8 * rows.shape[1])
 
@@ -199,13 +199,17 @@ def _low_bytes(columns: np.ndarray, low: int, run) -> np.ndarray:
     # bit 1 of 3 m is m1 ^ m0, and m0 is the running parity of bit 0: over an even number of steps the start cancels
     # and a byte counts if an odd number of steps remains, its own included.
     _correct(starts, ((even ^ odd) & 2) ^ ((odd & 1) << 1), low, 1)
-    for bit in range(2, 8):
-        _correct(starts, run(starts, columns) & (1 << bit), low, bit)
+    # Two bits a pass: from both values of the lower one, of which the right one is known before the other is needed.
+    for bit in (2, 4, 6):
+        ends = run(np.stack([starts, starts | np.uint8(1 << bit)]), columns)
+        _correct(starts, ends[0] & (1 << bit), low, bit)
+        ends = np.where(starts & (1 << bit), ends[1], ends[0])
+        _correct(starts, ends & (2 << bit), low, bit + 1)
     return starts
 
 
 def _run_low_bytes(starts: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Run the low-byte automaton of every lane over all columns."""
+    """Run the low-byte automaton of every lane over all columns, from several starts."""
     ends = starts.copy()
     for column in columns:
         np.bitwise_xor(ends, column, out=ends)

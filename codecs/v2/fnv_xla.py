@@ -5,28 +5,42 @@ Imported only for large inputs, and only then does JAX get imported.
 
 import contextlib
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-LANES = 8192
-STEPS = (256, 64, 32)
+# A loop over so few lanes becomes one compiled function, where more would be a task per iteration, split over threads;
+# and lanes an odd number of cache lines apart do not share cache sets.
+LANES = 512
+STEPS = (4032, 448, 64)
 _PRIME = 0x100000001B3
-_UNROLL = 32
+_UNROLL = 16
+
+
+class _Held(threading.local):
+    """Work memory of a thread, reused."""
+
+    def __init__(self) -> None:
+        self.words = np.empty(0, np.uint64)
+        self.columns: dict[tuple[int, ...], jax.Array] = {}
+
+
+_held = _Held()
 
 
 def low_bytes(starts: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Run the low-byte automaton of every lane over all columns.
+    """Run the low-byte automaton of every lane over all columns, from several starts.
 
     Args:
-        starts: Low byte of every lane's state, uint8.
-        columns: Bytes, `[steps, lanes]`; steps is a multiple of 32.
+        starts: Low bytes of the lanes' states, uint8 `[starts, lanes]`.
+        columns: Bytes, `[steps, lanes]`; steps is a multiple of 16.
 
     Returns:
-        Low byte of every lane's state at the end.
+        Low bytes at the end, `[starts, lanes]`.
     """
-    return _call(_low_bytes, starts, columns.reshape(-1, _UNROLL, starts.size))
+    return _call(_low_bytes, starts, columns.reshape(-1, _UNROLL, columns.shape[1]))
 
 
 def hashes(starts: np.ndarray, words: np.ndarray, *, swapped: bool = False) -> np.ndarray:
@@ -43,16 +57,33 @@ def hashes(starts: np.ndarray, words: np.ndarray, *, swapped: bool = False) -> n
     return _call(_hash_swapped if swapped else _hash_plain, starts, words)
 
 
+def transposed(rows: np.ndarray) -> np.ndarray:
+    """Copy words `[lanes, steps / 8]` into `[steps / 8, lanes]`, which the next call on this thread overwrites.
+
+    XLA uses an array in place where it starts at a multiple of 64 bytes, and fresh memory costs as much as hashing it.
+    """
+    if _held.words.size < rows.size:
+        memory = np.empty(rows.nbytes + 64, np.uint8)
+        _held.words = memory[-memory.ctypes.data % 64 :][: rows.nbytes].view(np.uint64)
+    words = _held.words[: rows.size].reshape(rows.shape[::-1])
+    np.copyto(words, rows.T)
+    return words
+
+
 def columns(words: np.ndarray) -> np.ndarray:
-    """Split words `[steps / 8, lanes]` into their bytes `[steps, lanes]`."""
-    return _call(_split, words).reshape(-1, words.shape[1])
+    """Split words `[steps / 8, lanes]` into bytes `[steps, lanes]`, which the next call on this thread overwrites."""
+    spent = _held.columns.pop(words.shape, None)
+    if spent is None:
+        spent = jnp.zeros((len(words), 8, words.shape[1]), jnp.uint8)
+    made = _held.columns[words.shape] = _jitted(_split, donated=1)(words, spent)
+    return np.asarray(made).reshape(-1, words.shape[1])
 
 
 def _low_bytes(starts, blocks):
     def body(index, low):
         block = blocks[index]
         for step in range(_UNROLL):
-            low = (low ^ block[step]) * jnp.uint8(_PRIME & 255)
+            low = (low ^ block[step][None]) * jnp.uint8(_PRIME & 255)
         return low
 
     return jax.lax.fori_loop(0, blocks.shape[0], body, starts)
@@ -76,7 +107,7 @@ def _hash_swapped(starts, words):
     return _hash(starts, words, (3, 2, 1, 0, 7, 6, 5, 4))
 
 
-def _split(words):
+def _split(words, spent):
     shifts = jnp.arange(8, dtype=jnp.uint64) * 8
     return (words[:, None, :] >> shifts[None, :, None]).astype(jnp.uint8)
 
@@ -100,8 +131,8 @@ def _options() -> dict[str, str]:
 
 
 @functools.cache
-def _jitted(function):
-    return jax.jit(function, compiler_options=_options())
+def _jitted(function, donated=()):
+    return jax.jit(function, donate_argnums=donated, keep_unused=True, compiler_options=_options())
 
 
 def _call(function, *arrays) -> np.ndarray:

@@ -3,6 +3,7 @@
 The byte-level specification and its threat model are docs/qatc-v3.md.
 """
 
+import io
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,21 +17,6 @@ from jaxquant.codecs.v3.sources import Source
 from jaxquant.codecs.v3.writer import CHUNK, Writer
 
 __all__ = ["CHUNK", "Reader", "Writer", "decode", "encode", "inspect", "open", "recognizes"]
-
-
-class _Parts:
-    """A file object that keeps what it is given, to be joined once."""
-
-    def __init__(self) -> None:
-        self.parts: list[memoryview] = []
-
-    def write(self, data: memoryview, /) -> int:
-        """Keep the bytes, which the caller leaves alone from now on."""
-        self.parts.append(data)
-        return data.nbytes
-
-    def flush(self) -> None:
-        """Do nothing: it is all in memory."""
 
 
 def encode(
@@ -67,7 +53,7 @@ def encode(
         True
     """
     named = tensors if isinstance(tensors, Mapping) else {"": tensors}
-    file = _Parts()
+    file = io.BytesIO()
     writer = Writer(file, profile=profile, chunk=chunk, threads=threads, metadata=dict(metadata or {}))
     try:
         for name, values in named.items():
@@ -77,7 +63,7 @@ def encode(
     except BaseException:
         writer.abort()
         raise
-    return b"".join(file.parts)
+    return file.getvalue()
 
 
 def decode(

@@ -14,6 +14,7 @@ from jaxquant.codecs.v3.planes import Words
 
 HUFFMAN_LOSS = 0.035  # bits per symbol above the entropy, code tables included
 ESCAPE_BITS = 20
+MATCHED = 0.15  # bits per word by which plain planes must seem smaller where values recur
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Profile:
         symbols: whether 8-bit symbols may be chosen where 4-bit exponents would do.
         trials: how many of the best estimates are encoded in full (one more where values recur, as matches are
             hard to foresee); the smallest result is kept.
-        hasty: whether a split is left out once something was made that is smaller than its estimate.
+        hasty: whether to look at half the sample, and to leave out a split once something was made that is smaller
+            than its estimate.
     """
 
     levels: tuple[int, ...]
@@ -66,9 +68,9 @@ def _binary_entropy(share: np.ndarray) -> np.ndarray:
 class _Sample:
     """Rows spread over a chunk, each with the row before it."""
 
-    def __init__(self, words: Words, cols: int, exponent_bits: int) -> None:
+    def __init__(self, words: Words, cols: int, exponent_bits: int, most: int) -> None:
         rows = words.size // cols
-        count = min(rows - 1, max(16, min(64, (1 << 16) // cols)))
+        count = min(rows - 1, max(16, min(most, (1 << 16) // cols)))
         indices = 1 + np.arange(count) * (rows - 1) // count
         self._words, self._before = words.reshape(-1, cols), indices - 1
         self.halves = _rows(words, cols, indices)
@@ -113,6 +115,15 @@ def _nibbles(sample: _Sample, itemsize: int) -> Plan:
     base = np.clip(sample.typical + start, 0, 255).astype(np.uint8)
     entropy = coders.entropy_of(sample.counts)  # of single exponents: pairs can only cost less
     return Plan(8 * itemsize - 8 + entropy + HUFFMAN_LOSS / 2 + lost * ESCAPE_BITS, base)
+
+
+def _side_by_side(sample: _Sample, nibbles: Plan) -> Plan | None:
+    """Pair each channel with one of the same token, by rows of half the columns: a token that recurs then matches."""
+    half, odd = divmod(sample.typical.size, 2)
+    if odd:
+        return None
+    shared = sample.typical.reshape(2, half).sum(axis=0) // 2
+    return Plan(nibbles.bits, np.clip(shared + sample.window(16)[0], 0, 255).astype(np.uint8))
 
 
 def _tiled_entropy(coded: np.ndarray, tile: int) -> float:
@@ -191,7 +202,9 @@ def recurring(words: Words, cols: int) -> bool:
     return bool(np.count_nonzero(columns[1:] == columns[:-1]) > 0.004 * columns.size)
 
 
-def plans(words: Words, cols: int, exponent_bits: int, repeats: bool, profile: Profile) -> list[Plan]:
+def plans(
+    words: Words, cols: int, exponent_bits: int, repeats: bool, profile: Profile, *, distinct: bool = False
+) -> list[Plan]:
     """Return the ways to split a chunk that are worth encoding in full, cheapest estimate first.
 
     Where values recur byte planes come before the others: matches make them smaller than estimated, and what they
@@ -203,19 +216,24 @@ def plans(words: Words, cols: int, exponent_bits: int, repeats: bool, profile: P
         exponent_bits: of the number format, 0 for integers.
         repeats: what `recurring` says.
         profile: what may be spent.
+        distinct: whether these rows stand for others, which know them by their place.
     """
     rows = words.size // cols
-    found, smooth = [], True
+    found, smooth, beside = [], True, None
     if rows >= 8 and exponent_bits and cols * 4 <= words.size:
-        sample = _Sample(words, cols, exponent_bits)
+        sample = _Sample(words, cols, exponent_bits, 32 if profile.hasty else 64)
         smooth = sample.smooth()
         if exponent_bits == 8 and words.itemsize > 1:
             found.append(_nibbles(sample, words.itemsize))
+            beside = _side_by_side(sample, found[0])
         if profile.symbols or not found:
             found += _symbols(sample, rows, words.itemsize, profile.context)
         if not repeats and not smooth:
             return sorted(found, key=lambda plan: plan.bits)[: profile.trials]
     matched = repeats or not exponent_bits
-    found += _planes(words, cols, exponent_bits, matched, profile.levels[1], differences=smooth)
-    best = sorted(found, key=lambda plan: plan.bits)[: profile.trials + repeats]
-    return sorted(best, key=lambda plan: not isinstance(plan.split, int)) if repeats else best
+    plain = _planes(words, cols, exponent_bits, matched, profile.levels[1], differences=smooth)
+    matching = [beside] if repeats and beside and not distinct else []
+    if matching and profile.hasty and plain[0].bits > matching[0].bits - MATCHED:
+        return [*matching, *found]  # matches among exponents alone take two thirds of the time
+    best = sorted(found + plain, key=lambda plan: plan.bits)[: profile.trials + repeats]
+    return matching + (sorted(best, key=lambda plan: not isinstance(plan.split, int)) if repeats else best)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxquant.codecs.errors import CorruptError, UnsupportedError
 from jaxquant.codecs.v3 import choose, coders, halves, nibbles, planes, symbols
-from jaxquant.codecs.v3.coders import Buffer, Bytes
+from jaxquant.codecs.v3.coders import Buffer, Bytes, Lease, Take
 from jaxquant.codecs.v3.planes import Words
 
 RAW, CONSTANT, PLANES, NIBBLES, SYMBOLS = range(5)
@@ -26,8 +26,8 @@ _ESCAPE_EVERY = 16  # words per exception, at least: what a decoder holds for th
 class _Streams:
     """The planes of a chunk being written, and how to code them: noise is looked at closely only where values recur."""
 
-    def __init__(self, levels: tuple[int, ...], recurring: bool) -> None:
-        self.levels, self.recurring = levels, recurring
+    def __init__(self, levels: tuple[int, ...], recurring: bool, take: Take) -> None:
+        self.levels, self.recurring, self.take = levels, recurring, take
         self.coded: list[tuple[int, Buffer]] = []
 
     def add(self, plane: Bytes) -> None:
@@ -39,7 +39,7 @@ class _Streams:
 
     def add_planes(self, words: Words, count: int) -> None:
         for index in range(count):
-            self.add_noise(planes.split(words, index))
+            self.add_noise(planes.split(words, index, self.take))
 
 
 def bound(raw_bytes: int) -> int:
@@ -99,7 +99,7 @@ def _encode_split(
         streams.add_planes(planes.difference(words, cols, split), words.itemsize)
         return PLANES, split
     if isinstance(split, symbols.Model):
-        coded, low, escapes = symbols.split(words, split)
+        coded, low, escapes = symbols.split(words, split, streams.take)
         model = split.base | (split.against_previous >> np.uint16(1))
         streams.add_planes(model, 2)
         streams.add(np.frombuffer(struct.pack("<I", split.tile), np.uint8))
@@ -108,7 +108,7 @@ def _encode_split(
             parameter |= SORTED
             streams.add_planes(split.order.astype(np.uint16), 2)
     else:
-        coded, low, escapes = nibbles.split(words, split)
+        coded, low, escapes = nibbles.split(words, split, streams.take)
         streams.add(split)
         kind, parameter = NIBBLES, 0
     if escapes.high.size * _ESCAPE_EVERY > words.size:
@@ -121,7 +121,9 @@ def _encode_split(
     return kind, parameter
 
 
-def encode(words: Words, cols: int, exponent_bits: int, profile: choose.Profile) -> list[Buffer]:
+def encode(
+    words: Words, cols: int, exponent_bits: int, profile: choose.Profile, lease: Lease | None = None
+) -> list[Buffer]:
     """Encode the words of one chunk.
 
     Args:
@@ -129,6 +131,7 @@ def encode(words: Words, cols: int, exponent_bits: int, profile: choose.Profile)
         cols: words per row; divides the number of words.
         exponent_bits: of the number format, 0 for integers.
         profile: what may be spent.
+        lease: holds the memory of the planes; to be ended when they are written.
 
     Returns:
         Buffers whose concatenation is the chunk; some may be views of `words`.
@@ -140,21 +143,23 @@ def encode(words: Words, cols: int, exponent_bits: int, profile: choose.Profile)
     recurring = choose.recurring(words, cols)
     repeated = _repeated_rows(words, cols) if recurring else None
     inner = words if repeated is None else repeated[0]
-    unique = inner.size // cols
-    best = raw
+    best, lease = raw, lease or Lease()
     if repeated is not None:
         recurring = choose.recurring(inner, cols)
-    for plan in choose.plans(inner, cols, exponent_bits, recurring, profile):
+    levels = profile.levels if recurring or not profile.hasty else profile.levels[:1]
+    for plan in choose.plans(inner, cols, exponent_bits, recurring, profile, distinct=repeated is not None):
         if plan.bits > 7.95 * words.itemsize and repeated is None:
             continue
         if profile.hasty and plan.bits * inner.size > 8 * _size(best):
             continue
-        streams = _Streams(profile.levels, recurring)
+        streams = _Streams(levels, recurring, lease.take)
         if repeated is not None:
             streams.add_planes(repeated[1].astype(np.uint32), 4)
         made = _encode_split(inner, cols, plan.split, streams)
         if made is not None:
-            best = min(best, _assemble(*made, cols, unique, streams.coded), key=_size)
+            width = plan.split.size if isinstance(plan.split, np.ndarray) else cols
+            best = min(best, _assemble(*made, width, inner.size // width, streams.coded), key=_size)
+        lease.keep(best)
     return best
 
 

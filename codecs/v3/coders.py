@@ -7,7 +7,8 @@ plane repeats itself an ordinary level is used instead. A decoder does not see t
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import numpy as np
 import zstandard
@@ -19,10 +20,12 @@ RAW, CONSTANT, ZSTD = range(3)
 
 Bytes = NDArray[np.uint8]
 Buffer = bytes | memoryview | Bytes
+Take = Callable[[int], Bytes]
 
 _PROBE = 1 << 15
 _GLANCE = 1 << 12
 _SMALL = 32
+_IDLE = 1 << 23  # bytes kept of each size
 _HUFFMAN = zstandard.ZstdCompressionParameters(
     window_log=17, chain_log=6, hash_log=8, search_log=1, min_match=7, target_length=0, strategy=1
 )
@@ -45,6 +48,39 @@ def scratch(key: str, size: int, dtype: type[np.generic]) -> np.ndarray:
     if held is None or held.size < size:
         held = _thread.scratch[slot] = np.empty(size, dtype)
     return held[:size]
+
+
+def fresh(size: int) -> Bytes:
+    """Return an uninitialised plane of its own memory."""
+    return np.empty(size, np.uint8)
+
+
+class Lease:
+    """Planes that a chunk holds until it is written. Memory goes round: fresh pages cost more than the transforms."""
+
+    _idle: ClassVar[dict[int, list[Bytes]]] = {}
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[Bytes, Bytes]] = []
+
+    def take(self, size: int) -> Bytes:
+        """Return an uninitialised plane."""
+        room = 1 << max(size - 1, 0).bit_length()
+        try:
+            whole = self._idle[room].pop()
+        except LookupError:
+            whole = fresh(room)
+        plane = whole[:size]
+        self._taken.append((plane, whole))
+        return plane
+
+    def keep(self, parts: Iterable[Buffer] = ()) -> None:
+        """Give back all planes but those among `parts`."""
+        kept = {id(part) for part in parts}
+        for plane, whole in self._taken:
+            if id(plane) not in kept and whole.size * len(idle := self._idle.setdefault(whole.size, [])) < _IDLE:
+                idle.append(whole)
+        self._taken = [pair for pair in self._taken if id(pair[0]) in kept]
 
 
 def _compressor(level: int) -> zstandard.ZstdCompressor:

@@ -10,25 +10,26 @@ window that of SplitZip (arXiv 2605.01708).
 import numpy as np
 
 from jaxquant.codecs.v3 import halves
-from jaxquant.codecs.v3.coders import Bytes, scratch
+from jaxquant.codecs.v3.coders import Bytes, Take, fresh, scratch
 from jaxquant.codecs.v3.planes import Words
 
 
-def split(words: Words, base: Bytes) -> tuple[Bytes, Bytes, halves.Escapes]:
+def split(words: Words, base: Bytes, take: Take = fresh) -> tuple[Bytes, Bytes, halves.Escapes]:
     """Split into paired 4-bit exponents and sign-with-mantissa bytes.
 
     Args:
         words: rows of `base.size` words, flat, with an 8-bit exponent below the sign.
         base: smallest exponent of the window, per channel.
+        take: where planes come from.
 
     Returns:
         `ceil(rows / 2) * cols` bytes of exponent pairs, one noise byte per word, and the escapes.
     """
     cols, rows = base.size, words.size // base.size
-    packed = np.empty((rows + 1) // 2 * cols, np.uint8)
-    noise = np.empty(words.size, np.uint8)
+    packed, noise = take((rows + 1) // 2 * cols), take(words.size)
     positions, high = [], []
     step = halves.block_rows(cols)
+    bases = np.tile(base, min(step, rows))
     for row in range(0, rows, step):
         count = min(step, rows - row)
         size, even = count * cols, (count + 1) // 2 * 2 * cols
@@ -36,10 +37,8 @@ def split(words: Words, base: Bytes) -> tuple[Bytes, Bytes, halves.Escapes]:
         y = scratch("y", size, np.uint16)
         v = scratch("v", size, np.uint16)
         e = halves.padded("e", even, 8, np.uint8)
-        np.right_shift(x, 7, out=y)
-        np.copyto(e[:size], y, casting="unsafe")
-        exponents = e[:size].reshape(count, cols)
-        np.subtract(exponents, base, out=exponents)
+        np.right_shift(x, 7, out=e[:size], casting="unsafe")
+        np.subtract(e[:size], bases[:size], out=e[:size])
         e[size:] = 0
         found = halves.outside(e, 0xF0)
         if found is not None:
@@ -48,9 +47,10 @@ def split(words: Words, base: Bytes) -> tuple[Bytes, Bytes, halves.Escapes]:
             e[found] &= 15
         halves.pack_pairs(e[:even], count, cols, packed[row // 2 * cols : row // 2 * cols + even // 2])
         np.bitwise_and(x, 0x807F, out=v)
-        np.right_shift(v, 8, out=y)
-        np.bitwise_or(v, y, out=v)
-        np.copyto(noise[row * cols : row * cols + size], v, casting="unsafe")
+        # of the low byte of each little-endian word, and of what it joins there, only the next byte matters: the sign
+        octets = v.view(np.uint8)
+        np.bitwise_or(octets[:-1], octets[1:], out=y.view(np.uint8)[:-1])
+        np.copyto(noise[row * cols : row * cols + size], y, casting="unsafe")
     return packed, noise, halves.gather(positions, high)
 
 

@@ -7,7 +7,7 @@ bytes. Everything here is a bijection of words, so NaN payloads and signed zeros
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxquant.codecs.v3.coders import Bytes, scratch
+from jaxquant.codecs.v3.coders import Bytes, Take, fresh, scratch
 
 NONE, DELTA, DELTA_TWICE, XOR = range(4)
 ORDERED = 8  # flag: map floats to integers of the same order first
@@ -21,11 +21,11 @@ def _signed(words: Words) -> np.ndarray:
     return words.view(np.dtype(f"i{words.itemsize}"))
 
 
-def split(words: Words, index: int) -> Bytes:
+def split(words: Words, index: int, take: Take = fresh) -> Bytes:
     """Return byte `index` of every word, 0 being the least significant."""
     if words.itemsize == 1:
         return words
-    plane = np.empty(words.size, np.uint8)
+    plane = take(words.size)
     shifted = scratch("split", min(BLOCK, words.size), words.dtype.type)
     for start in range(0, words.size, BLOCK):
         part = words[start : start + BLOCK]

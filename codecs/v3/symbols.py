@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxquant.codecs.v3 import halves
-from jaxquant.codecs.v3.coders import Bytes, scratch
+from jaxquant.codecs.v3.coders import Bytes, Take, fresh, scratch
 from jaxquant.codecs.v3.halves import Halves
 from jaxquant.codecs.v3.planes import Words
 
@@ -75,7 +75,7 @@ def prefix_xor(rows: np.ndarray, group: int = 16) -> None:
         np.bitwise_xor(rows[row], rows[row - 1], out=rows[row])
 
 
-def split(words: Words, model: Model) -> tuple[Bytes, Bytes, halves.Escapes]:
+def split(words: Words, model: Model, take: Take = fresh) -> tuple[Bytes, Bytes, halves.Escapes]:
     """Split into 8-bit symbols of sign and top of the magnitude, and the bits below.
 
     Returns:
@@ -84,9 +84,9 @@ def split(words: Words, model: Model) -> tuple[Bytes, Bytes, halves.Escapes]:
     """
     cols, rows = model.base.size, words.size // model.base.size
     paired = model.shift == 4
-    symbols = np.empty(words.size, np.uint8)
+    symbols = take(words.size)
     tiled = symbols.reshape(cols // model.tile, rows, model.tile)
-    low = np.empty((rows + 1) // 2 * cols if paired else words.size * (words.itemsize > 1), np.uint8)
+    low = take((rows + 1) // 2 * cols if paired else words.size * (words.itemsize > 1))
     flipping = bool(model.against_previous.any())
     previous = np.zeros(cols, np.uint16)
     positions, high = [], []

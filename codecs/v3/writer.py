@@ -17,7 +17,7 @@ import xxhash
 from jaxquant.codecs import atomic, workers
 from jaxquant.codecs.limits import Limits
 from jaxquant.codecs.v3 import choose, chunks, cuts, dtypes, layout
-from jaxquant.codecs.v3.coders import Buffer
+from jaxquant.codecs.v3.coders import Buffer, Lease
 from jaxquant.codecs.v3.reader import Reader
 
 CHUNK = 1 << 21  # bytes
@@ -29,7 +29,7 @@ class Sink(Protocol):
     """What a stream is written to: a file object, a socket's file, the end of a pipe."""
 
     def write(self, data: memoryview, /) -> int | None:
-        """Take all bytes or tell how many."""
+        """Take all bytes or tell how many; they may change afterwards."""
         ...
 
     def flush(self) -> None:
@@ -94,6 +94,11 @@ class Writer:
             self._sink = file
         if not append:
             self._write(layout.header())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written so far; of the whole file once the writer is closed."""
+        return self._at
 
     def _open_to_append(self, file: Path | Sink) -> BinaryIO:
         if not isinstance(file, str | os.PathLike):
@@ -228,20 +233,21 @@ class Writer:
         row_words = tensor.row_bytes // number.word
         cols = cuts.columns(tensor.shape[tensor.axis + 1 :], number.itemsize // number.word)
 
-        def encode(cut: tuple[int, int]) -> tuple[int, list[Buffer], int]:
-            start, stop = cut
+        def encode(cut: tuple[int, int]) -> tuple[int, list[Buffer], int, Lease]:
+            (start, stop), lease = cut, Lease()
             part = words[start * row_words : stop * row_words]
-            parts = chunks.encode(part, cuts.fit(cols, part.size), number.exponent_bits, self._profile)
+            parts = chunks.encode(part, cuts.fit(cols, part.size), number.exponent_bits, self._profile, lease)
             state = xxhash.xxh3_64()
             for piece in parts:
                 state.update(memoryview(piece))  # pyright: ignore[reportArgumentType]
-            return stop - start, parts, state.intdigest()
+            return stop - start, parts, state.intdigest(), lease
 
         places = cuts.of(tensor, self._chunk, rows=words.size // row_words)
-        for count, parts, checksum in workers.ordered(encode, places, self._threads if len(places) > 1 else 1):
+        for count, parts, checksum, lease in workers.ordered(encode, places, self._threads if len(places) > 1 else 1):
             self._records[tensor.name].append((self._at, checksum, count, sum(len(part) for part in parts)))
             for part in parts:
                 self._write(part)
+            lease.keep()
 
     def close(self) -> None:
         """Write the index and make the file valid: flush, sync, and move or commit it where it is a path."""

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 import zstandard
 
-from jaxquant.codecs import v3
+from jaxquant.codecs import qatc, v3
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ def _openzl() -> Codec:
 def codecs(slow: bool) -> dict[str, Codec]:
     """Ours, zstd, and whatever peers are installed."""
     found = {f"v3 {profile}": _v3(profile) for profile in ("fast", "balanced", "small")}
+    found |= {"v2": Codec(lambda x: qatc.encode(x.reshape(-1), threads=1), lambda z, _: qatc.decode(z, threads=1))}
     found |= {"zstd -3": _zstd(3), "zstd -19": _zstd(19)}
     optional: dict[str, Callable[[], Codec]] = {
         "ZipNN": _zipnn,
