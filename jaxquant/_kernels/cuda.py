@@ -23,7 +23,7 @@ from jaxquant.rotations import Hadamard, Identity
 _TILE = 32
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _DIMS = (64, 80, 96, 128, 256)
-_SHARED = 200 * 1024  # bytes of a multiprocessor's shared memory that its blocks share
+_SHARED = 218 * 1024  # bytes of a multiprocessor's shared memory that its blocks share
 
 
 def unsupported(stack: Stack, heads: int, rule: Rule) -> str | None:

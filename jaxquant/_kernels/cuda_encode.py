@@ -76,7 +76,7 @@ def encode(
         ],
         [layers, batch, x.shape[1], kv_heads, slots],
         [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (held.codes, held.scales)],
-        grid=(max(1, min(-(-vectors // (16 * _WARPS)), 4 * _BLOCKS * cuda.cores())), 1),
+        grid=(max(1, min(-(-vectors // (16 * _WARPS)), _BLOCKS * cuda.cores())), 1),
         aliases={5: 0, 6: 1},
     )
     return Quantized(codes=codes, scales=scales)

@@ -190,10 +190,10 @@ DEVICE u32 pack_halves(float low, float high) {
 DEVICE float exp2_(float x) { return exp2f(x); }
 DEVICE float log2_(float x) { return log2f(x); }
 DEVICE float rsqrt_(float x) { return 1 / sqrtf(x); }
-DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-DEVICE float add_up(float a, float b) {
-    const double sum = (double)a + b;
-    float x = (float)sum;
+DEVICE float multiply_add_clamped(float a, float b, float c) { return fminf(fmaxf(fmaf(a, b, c), 0), 1); }
+DEVICE float multiply_add_up(float a, float b, float c) {
+    const double sum = (double)a * b + c;
+    const float x = (float)sum;
     return x < sum ? nextafterf(x, INFINITY) : x;
 }
 DEVICE int rint_(float x) { return (int)rintf(x); }

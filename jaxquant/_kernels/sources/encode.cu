@@ -112,9 +112,9 @@ DEVICE float sum_of_four(float x) {
 // Codes by cells. Thresholds lie on a grid: of half the step of the levels, or of the whole one where they are
 // equidistant. A cell (i - 1, i] of it is an entry of a table: a level whose lowest bits are the code instead.
 constexpr bool TREE = BOOK == TABLE;
-constexpr int CELLS = TREE ? 1 : BOOK == UNIFORM ? LEVELS : 513;
+constexpr int CELLS = TREE ? 2 : BOOK == UNIFORM ? LEVELS : 513;
 struct Cells {
-    float origin, per_cell;  // index = ceil(y * per_cell + origin)
+    float origin, per_cell;  // index = ceil((y * per_cell + origin, clamped to [0, 1]) * (CELLS - 1))
 };
 
 DEVICE Cells cells_of(const float* levels) {
@@ -130,6 +130,8 @@ DEVICE Cells cells_of(const float* levels) {
         cells.per_cell = 2.0f * 255.0f / (high - low);
         cells.origin = 1.0f - low * cells.per_cell;
     }
+    cells.per_cell /= CELLS - 1;
+    cells.origin /= CELLS - 1;
     return cells;
 }
 
@@ -161,8 +163,7 @@ DEVICE void write(const float (&y)[HELD], float unit, float size, const Cells& c
             code = assign(y[i] * unit, thresholds);
             level = level_of[code];
         } else {
-            float cell = add_up(multiply_add(y[i], per_cell, cells.origin), magic);
-            cell = fminf(fmaxf(cell, magic), magic + (CELLS - 1));
+            const float cell = multiply_add_up(multiply_add_clamped(y[i], per_cell, cells.origin), CELLS - 1, magic);
             const u32 entry = table[float_to_bits(cell) - 0x4b000000u];
             code = entry & (LEVELS - 1);
             level = bits_to_float(entry);
@@ -212,7 +213,7 @@ KERNEL(THREADS, 3) encode(const void* __restrict__ x, const int* __restrict__ in
     sync();
     const Cells cells = cells_of(level_of);
     for (int i = thread(); i < CELLS && !TREE; i += THREADS) {
-        const int rank = assign(((float)i - 0.5f - cells.origin) / cells.per_cell, thresholds);
+        const int rank = assign((((float)i - 0.5f) / (CELLS - 1) - cells.origin) / cells.per_cell, thresholds);
         table[i] = (float_to_bits(level_of[rank]) & ~(LEVELS - 1u)) | stored(rank);
     }
     sync();

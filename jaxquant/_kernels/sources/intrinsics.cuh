@@ -88,8 +88,8 @@ DEVICE float exp2_(float x) {
 }
 DEVICE float log2_(float x) { return log2f(x); }
 DEVICE float rsqrt_(float x) { return rsqrtf(x); }
-DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-DEVICE float add_up(float a, float b) { return __fadd_ru(a, b); }  // rounds towards infinity
+DEVICE float multiply_add_clamped(float a, float b, float c) { return __saturatef(__fmaf_rn(a, b, c)); }  // to [0, 1]
+DEVICE float multiply_add_up(float a, float b, float c) { return __fmaf_ru(a, b, c); }  // rounds towards infinity
 DEVICE u32 parity(u32 x) { return __popc(x) & 1; }
 DEVICE int rint_(float x) { return __float2int_rn(x); }
 DEVICE u32 pack_halves(float low, float high) {
