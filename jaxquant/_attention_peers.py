@@ -90,6 +90,6 @@ def _torch(queries: Array, shape: tuple[int, int, int, int]) -> float:
 
 
 def _pairs(shape: tuple[int, int, int, int]) -> list[tuple[Array, Array]]:
-    base = jax.random.normal(jax.random.key(4), (2**22,), jnp.bfloat16)
+    base = jax.random.normal(jax.random.key(4), (min(2**22, math.prod(shape)),), jnp.bfloat16)
     count = _stopwatch.layers(4 * math.prod(shape))
     return [(_stopwatch.tiled(base, shape), _stopwatch.tiled(base[::-1], shape)) for _ in range(count)]
