@@ -120,7 +120,7 @@ def attend(
     setting = Setting(
         keys=code(keys.bits),
         values=code(values.bits),
-        rows=max(_TILE, pl.next_power_of_2(rows)),
+        rows=max(8, pl.next_power_of_2(rows)),
         block=pallas_triton.BLOCK if triton else min(pallas_tpu.BLOCK, held),
         page=None if table is None else held,
         sinks=sinks,

@@ -32,7 +32,7 @@ def run(setting: Setting, operands: Operands, slots: int) -> tuple[Array, Array,
 
     batch, kv_heads = operands.q.shape[:2]
     splits = min(max(1, slots // (2 * BLOCK)), -(-_PROGRAMS // (batch * kv_heads)))
-    warps = 4 if max(setting.keys.width, setting.values.width) <= 128 else 8  # four would spill
+    warps = 4 if setting.keys.dim <= 128 else 8  # four would spill registers
     lead = batch, kv_heads, splits
     shapes = (setting.values.planes, setting.values.width, setting.rows), (1, setting.rows), (1, setting.rows)
     return pl.pallas_call(
