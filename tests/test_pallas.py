@@ -13,12 +13,22 @@ from jaxquant.methods import turboquant
 LAYERS, BATCH, KV_HEADS = 2, 3, 2
 LENGTHS = (1, 190, 0)
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-kernel = jax.jit(pallas.coded, static_argnames=("grid", "interpret", "dtype"), compiler_options=QUICK)
+
+def quick_to_compile():
+    """Give options that make the CPU compiler four times as fast, if it still has them."""
+    options = {"xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(jnp.negative, compiler_options=options)(1.0)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
+kernel = jax.jit(pallas.coded, static_argnames=("grid", "interpret", "dtype"), compiler_options=quick_to_compile())
 reference = jax.jit(xla.coded)
 
 # bits of keys, bits of values, dim, queries a kv head, sinks, window, sliding window, soft cap, hidden tokens, grid:
-# any two values of different columns that can meet, do meet, for bits, dims and rows.
+# every width as keys and as values, every dim, and rows from 1 to 16, each with several of the others.
 CASES = [
     (4, 4, 128, 4, 0, 0, None, None, False, "triton"),
     (4, 2, 96, 16, 4, 8, None, 5.0, False, "triton"),
@@ -29,9 +39,7 @@ CASES = [
     (3, 2, 128, 8, 0, 0, None, 3.0, False, "triton"),
     (2, 2, 64, 4, 1, 3, None, None, False, "triton"),
     (2, 4, 256, 2, 0, 70, 90, 4.0, False, "triton"),
-    (8, 8, 64, 5, 0, 0, None, None, False, "triton"),
     (8, 2, 80, 4, 5, 0, None, None, True, "triton"),
-    (2, 8, 96, 3, 0, 4, 40, None, False, "triton"),
     (1, 5, 128, 2, 0, 0, None, None, False, "triton"),
     (6, 7, 96, 1, 2, 2, None, None, False, "triton"),
     (4, 2, 128, 4, 4, 8, None, None, False, "tpu"),
@@ -42,7 +50,8 @@ CASES = [
 
 
 def scalar(bits, dim, seed, **kwargs):
-    matrix, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(dim, dim)))
+    u = np.random.default_rng(seed).normal(size=dim)
+    matrix = np.roll(np.eye(dim) - 2 * np.outer(u, u) / (u @ u), seed + 1, axis=0)  # orthogonal, not symmetric
     book = kwargs.pop("codebook", codebooks.lloyd_max(bits))
     rotation = rotations.Dense(matrix=jnp.asarray(matrix.astype(np.float32)))
     return quantizers.Scalar(rotation=rotation, codebook=book, bits=bits, **kwargs)
