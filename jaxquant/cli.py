@@ -16,7 +16,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 import jaxquant
-from jaxquant import qatc_cli
+from jaxquant import benchmark_cli, qatc_cli
 
 app = typer.Typer(
     name="jaxquant",
@@ -26,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(qatc_cli.app, name="qatc")
+app.add_typer(benchmark_cli.app, name="benchmark")
 out, err = Console(), Console(stderr=True)
 
 ModelDir = Annotated[
@@ -88,7 +89,7 @@ def methods(as_json: Json = False) -> None:
     out.print(table)
 
 
-@app.command()
+@benchmark_cli.app.command(name="vectors")
 def benchmark(
     method: Method = "turboquant",
     bits: Annotated[list[int] | None, typer.Option(help="Repeat for several; default 2 3 4 6 8.")] = None,

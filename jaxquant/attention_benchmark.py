@@ -1,0 +1,199 @@
+"""How fast decode attention over codes is, beside attention over bfloat16 and the memory's read bandwidth in one run.
+
+Every time is the median of several runs of one jitted loop, in which each call's queries depend on the result of the
+call before, divided by the number of calls: dispatch from Python does not count. Loops walk over several layers until
+these exceed any cache of the processor, as a model's decode step does.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from jaxquant import _attention_peers, _stacks, _stopwatch, attention, cache, packing
+from jaxquant.methods import turboquant
+from jaxquant.quantizers import Quantized
+
+_REFERENCE = 2, 1500  # rows and tokens on which errors are measured
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One decode step of one layer: `batch` rows of `tokens` tokens."""
+
+    batch: int
+    tokens: int
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes of the keys and values in bfloat16."""
+        return 4 * self.batch * self.tokens * self.kv_heads * self.dim
+
+    def nbytes(self, bits: tuple[int, int]) -> int:
+        """Bytes of their codes, with a scale of two bytes each."""
+        each = sum(packing.packed_size(self.dim, bits=width) + 2 for width in bits)
+        return self.batch * self.tokens * self.kv_heads * each
+
+
+def shapes(pairs: Sequence[tuple[int, int]] | None = None, **kwargs: int) -> list[Shape]:
+    """Give shapes for pairs of batch and tokens; None takes what suits the default backend.
+
+    Example:
+        >>> shapes([(8, 32768)], heads=64)
+        [Shape(batch=8, tokens=32768, heads=64, kv_heads=8, dim=128)]
+    """
+    if pairs is None:
+        large = [(32, 131_072), (8, 32_768), (1, 131_072), (1, 4_096)]
+        pairs = large if jax.default_backend() == "gpu" else [(1, 2_048)]
+    return [Shape(batch=batch, tokens=tokens, **kwargs) for batch, tokens in pairs]
+
+
+def widths(name: str) -> tuple[int, int]:
+    """Read bits of keys and of values out of a name such as K4V2.
+
+    Raises:
+        ValueError: it does not look like that.
+
+    Example:
+        >>> widths("K4V2")
+        (4, 2)
+    """
+    found = re.fullmatch(r"[Kk]([1-8])/?[Vv]([1-8])", name)
+    if found is None:
+        raise ValueError(f"bits must look like K4V2, from 1 to 8 each, got {name!r}")
+    return int(found[1]), int(found[2])
+
+
+def filled(shape: Shape, bits: tuple[int, int], *, layers: int) -> _stacks.KVCache:
+    """Make a full cache of random codes and likely scales: to be timed, without any uncompressed data on the way."""
+    keys, values = turboquant.kv(jax.random.key(0), dim=shape.dim, bits_k=bits[0], bits_v=bits[1])
+    made = cache.init(*(keys, values), layers=layers, batch=shape.batch, kv_heads=shape.kv_heads, capacity=shape.tokens)
+    stack = made.stacks[0]
+
+    def store(old: _stacks.Store, seed: int) -> _stacks.Store:
+        codes, scales = old.codes.codes, old.codes.scales
+        bits, uniform = jax.random.split(jax.random.key(seed))
+        code = Quantized(
+            codes=_stopwatch.tiled(jax.random.bits(bits, (min(codes.size, 2**22),), jnp.uint8), codes.shape),
+            scales=_stopwatch.tiled(
+                jax.random.uniform(uniform, (min(scales.size, 2**20),), scales.dtype, 0.7, 1.3) * shape.dim**0.5,
+                scales.shape,
+            ),
+        )
+        return dataclasses.replace(old, codes=code)
+
+    full = _stacks.Stack(keys=store(stack.keys, 1), values=store(stack.values, 2))
+    return dataclasses.replace(made, stacks=(full,), length=jnp.full_like(made.length, shape.tokens))
+
+
+def error(shape: Shape, bits: tuple[int, int], implementation: str | None) -> float:
+    """Compare with attention in float64 over the decoded cache: relative error, on real codes and ragged rows.
+
+    Example:
+        >>> error(Shape(batch=1, tokens=100, heads=2, kv_heads=1, dim=64), (4, 2), "xla") < 1e-5
+        True
+    """
+    batch, tokens = (min(pair) for pair in zip((shape.batch, shape.tokens), _REFERENCE, strict=True))
+    keys, values = turboquant.kv(jax.random.key(0), dim=shape.dim, bits_k=bits[0], bits_v=bits[1])
+    c = cache.init(keys, values, layers=2, batch=batch, kv_heads=shape.kv_heads, capacity=tokens)
+    x = jax.random.normal(jax.random.key(2), (2, batch, tokens, shape.kv_heads, shape.dim))
+    length = tokens - 7 * jnp.arange(batch)[:, None] % tokens
+    c = cache.append(c, 1, x[0], x[1] + 0.5, mask=jnp.arange(tokens) < length)
+    q = jax.random.normal(jax.random.key(3), (batch, shape.heads, shape.dim))
+    out, _ = attention.decode_attention(q, c, 1, implementation=implementation)  # pyright: ignore[reportArgumentType]
+
+    k, v = (np.asarray(x, np.float64) for x in cache.materialize(c, 1))
+    rows = np.asarray(q, np.float64).reshape(batch, shape.kv_heads, -1, shape.dim)
+    scores = np.einsum("bhrd,bthd->bhrt", rows, k, optimize=True) * shape.dim**-0.5
+    scores = np.where(np.arange(tokens) < np.asarray(length)[:, :, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    want = np.einsum("bhrt,bthd->bhrd", weights, v, optimize=True).reshape(q.shape)
+    return float(np.linalg.norm(np.asarray(out, np.float64) - want) / np.linalg.norm(want))
+
+
+def measure(
+    shape: Shape, bits: Sequence[tuple[int, int]], implementations: Sequence[str], bandwidth: float
+) -> Iterator[dict[str, Any]]:
+    """Time the bfloat16 peers, then every pair of bits with every implementation.
+
+    Args:
+        shape: of the step.
+        bits: pairs of bits of keys and bits of values.
+        implementations: names that `attention.decode_attention` takes.
+        bandwidth: in bytes a second, as `_stopwatch.read_bandwidth` measures it.
+
+    Yields:
+        What a row of a table holds. Times are in milliseconds; `share` is of the bandwidth; `speedup` is over the
+        fastest peer. What cannot run here has the reason under `failed` instead.
+    """
+    best = math.inf
+    for name, peer in _attention_peers.peers(**dataclasses.asdict(shape)).items():
+        row = {"batch": shape.batch, "tokens": shape.tokens, "bits": "bf16", "implementation": name}
+        row |= _attempt(peer, shape.exact_bytes, bandwidth)
+        best = min(best, row.get("ms", math.inf))
+        yield row
+    for pair in bits:
+        for name in implementations:
+            row = {"batch": shape.batch, "tokens": shape.tokens, "bits": f"K{pair[0]}V{pair[1]}"}
+            row["implementation"] = name
+            compressed = functools.partial(_compressed, shape, pair, name)
+            row |= _attempt(compressed, shape.nbytes(pair), bandwidth)
+            if "ms" in row:
+                row["error"] = error(shape, pair, name)
+                row["speedup"] = best / row["ms"] if best < math.inf else None
+            yield row
+
+
+def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
+    """Draw the speedups over the fastest bfloat16, a group of bars for each shape."""
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
+
+    rows = [row for row in rows if row.get("speedup")]
+    groups = list(dict.fromkeys((row["batch"], row["tokens"]) for row in rows))
+    bars = list(dict.fromkeys((row["bits"], row["implementation"]) for row in rows))
+    figure, axes = plt.subplots(figsize=(1.5 + 0.35 * len(groups) * (len(bars) + 1), 4), layout="constrained")
+    for i, bar in enumerate(bars):
+        held = [row for row in rows if (row["bits"], row["implementation"]) == bar]
+        at = [groups.index((row["batch"], row["tokens"])) + (i + 0.5) / (len(bars) + 1) for row in held]
+        axes.bar(at, [row["speedup"] for row in held], 0.9 / (len(bars) + 1), label=" ".join(bar))
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks([i + 0.5 for i in range(len(groups))], [f"{b} x {t:,}" for b, t in groups])
+    axes.set(xlabel="rows x tokens", ylabel="speed, times the fastest bfloat16")
+    axes.legend()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _attempt(call: Callable[[], float], nbytes: int, bandwidth: float) -> dict[str, Any]:
+    try:
+        seconds = call()
+    except Exception as problem:  # a peer may lack its library, its GPU or the memory, each with an error of its own
+        return {"failed": f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:200]}
+    return {"ms": seconds * 1e3, "bytes": nbytes, "share": nbytes / seconds / bandwidth}
+
+
+def _compressed(shape: Shape, bits: tuple[int, int], implementation: str) -> float:
+    layers = _stopwatch.layers(shape.nbytes(bits))
+    held = filled(shape, bits, layers=layers)
+
+    def step(q: Array, held: _stacks.KVCache) -> Array:
+        def body(layer: Array, q: Array) -> Array:
+            out, _ = attention.decode_attention(q, held, layer, implementation=implementation)  # pyright: ignore
+            return _stopwatch.chained(q, out)
+
+        return lax.fori_loop(0, layers, body, q)
+
+    queries = jax.random.normal(jax.random.key(1), (shape.batch, shape.heads, shape.dim), jnp.bfloat16)
+    return _stopwatch.median(step, queries, held) / layers
