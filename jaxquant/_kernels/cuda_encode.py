@@ -64,6 +64,8 @@ def encode(
     )
     layers, batch, kv_heads, slots = held.codes.shape[:4]
     vectors = batch * x.shape[1] * kv_heads
+    if vectors >= 2**31:
+        raise ValueError(f"at most 2**31 - 1 vectors can be appended at a time, got {vectors}")
     codes, scales = made(
         [
             x,

@@ -235,20 +235,22 @@ KERNEL(THREADS, 3) encode(const void* __restrict__ x, const int* __restrict__ in
             flips[i] = (signs[coordinate(t, 2 * i)] < 0 ? 0x8000u : 0u) | (signs[coordinate(t, 2 * i + 1)] < 0 ? 0x80000000u : 0u);
     }
 
-    const long long vectors = (long long)batch * count * kv_heads, stride = (long long)blocks_x() * WARPS * 16;
+    // Vectors go by tokens, then heads, where there are tokens enough for a warp, and by heads, then tokens, otherwise.
+    const u32 vectors = (u32)batch * count * kv_heads, stride = blocks_x() * WARPS * 16;
+    const u32 inner = count >= 16 ? count : kv_heads, outer = count >= 16 ? kv_heads : count;
     const int held = index[0];
-    for (long long group = ((long long)block_x() * WARPS + thread() / 32) * 16; group < vectors; group += stride) {
+    for (u32 group = (block_x() * WARPS + thread() / 32) * 16; group < vectors; group += stride) {
         long long vector[2], place[2];
         bool wanted[2];
 #pragma unroll
         for (int v = 0; v < 2; v++) {
-            vector[v] = group + g + 8 * v;
-            const bool mine = vector[v] < vectors;
-            vector[v] = mine ? vector[v] : vectors - 1;
-            const long long token = vector[v] / kv_heads;
+            const u32 one = group + g + 8 * v, some = one < vectors ? one : vectors - 1;
+            const u32 quick = some % inner, rest = some / inner, slow = rest % outer, row = rest / outer;
+            const u32 token = row * count + (count >= 16 ? quick : slow), head = count >= 16 ? slow : quick;
             const int at = slot[token];
-            wanted[v] = mine && at >= 0 && at < slots && held >= 0 && held < layers;
-            place[v] = (((long long)held * batch + token / count) * kv_heads + vector[v] % kv_heads) * slots + at;
+            vector[v] = (long long)token * kv_heads + head;
+            wanted[v] = one < vectors && at >= 0 && at < slots && held >= 0 && held < layers;
+            place[v] = (((long long)held * batch + row) * kv_heads + head) * slots + at;
         }
         float y[2][HELD], square[2], grown[2] = {1.0f, 1.0f};
 #pragma unroll 1
