@@ -15,13 +15,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxquant import _stacks
-from jaxquant._kernels import cuda, nvrtc, xla
+from jaxquant._kernels import cuda, nvrtc, pallas, xla
 from jaxquant._stacks import Index, Stack
 from jaxquant.cache import KVCache, append, resolve, switch
 
 _QUERY_CHUNK = 256  # tokens of a prefill chunk that are scored at a time
 
-Implementation = Literal["xla", "cuda"]
+Implementation = Literal["xla", "cuda", "pallas"]
 Number = float | Float[Array, ""]
 
 
@@ -49,8 +49,9 @@ def decode_attention(
         soft_cap: bound of the scores, `cap * tanh(score / cap)`.
         sliding_window: newest tokens that may be seen; all if None.
         visible: False hides the token at that position of the row.
-        implementation: "xla" runs everywhere and is the reference; "cuda" is fused and needs an NVIDIA GPU; None takes
-            "cuda" where it can read this cache, and "xla" elsewhere.
+        implementation: "xla" runs everywhere and is the reference; "cuda" is fused and needs an NVIDIA GPU; "pallas" is
+            fused too, slower, and portable (it is interpreted on a CPU); None takes "cuda" where it can read this
+            cache, and "xla" elsewhere.
 
     Returns:
         The output, in q's dtype, and the natural log of the sum of exponentials of the scores, in float32, by which
@@ -160,7 +161,8 @@ def _decode(
             fused = q.astype(jnp.float32) if exact else q
             parts = [cuda.coded(held, index, fused, layer, cache.length, cache.exact_from, rule)]
         else:
-            parts = [xla.coded(held, index, queries, where, exact_from, rule)]
+            portable = pallas if chosen[which] == "pallas" else xla
+            parts = [portable.coded(held, index, queries, where, exact_from, rule)]
         parts += _sinks(held, index, queries, where, rule)
         if held.window:
             token = _stacks.ring_positions(length, held.window)
@@ -302,13 +304,14 @@ def _check_rule(cache: KVCache, soft_cap, sliding_window, visible) -> None:
 
 def _choose(implementation: Implementation | None, cache: KVCache, heads: int, rule: xla.Rule) -> tuple[str, ...]:
     """Give the implementation for each stack."""
-    if implementation not in (None, "xla", "cuda"):
-        raise ValueError(f"implementation must be None, 'xla' or 'cuda', got {implementation!r}")
+    if implementation not in (None, *Implementation.__args__):
+        raise ValueError(f"implementation must be None, 'xla', 'cuda' or 'pallas', got {implementation!r}")
     if implementation == "xla" or (implementation is None and nvrtc.capability() is None):
         return ("xla",) * len(cache.stacks)
-    obstacles = [cuda.unsupported(stack, heads // cache.kv_heads, rule) for stack in cache.stacks]
-    if implementation is None:
-        return tuple("xla" if obstacle else "cuda" for obstacle in obstacles)
-    if all(obstacles):
-        raise ValueError(f"implementation 'cuda' cannot read this cache: {obstacles[0]}")
-    return tuple("xla" if obstacle else "cuda" for obstacle in obstacles)
+    if implementation == "pallas":
+        obstacles = [pallas.supports(stack) for stack in cache.stacks]
+    else:
+        obstacles = [cuda.unsupported(stack, heads // cache.kv_heads, rule) for stack in cache.stacks]
+    if implementation is not None and all(obstacles):
+        raise ValueError(f"implementation {implementation!r} cannot read this cache: {obstacles[0]}")
+    return tuple("xla" if obstacle else implementation or "cuda" for obstacle in obstacles)

@@ -133,6 +133,12 @@ class Scalar:
         stored = packing.unpack(code.codes, bits=self.bits, length=self.dim)
         return codebooks.lookup(self.codebook, self._stored(stored, inverse=True))
 
+    @property
+    def stored_levels(self) -> Float[Array, " codes"]:
+        """The levels in the order of the stored codes, one for every code there can be."""
+        codes = jnp.arange(2**self.bits, dtype=jnp.uint8)
+        return codebooks.lookup(self.codebook, self._stored(codes, inverse=True))
+
     def expand(self, code: Quantized, /) -> Float[Array, "*batch dim"]:
         """Look up and scale."""
         assert code.scales is not None

@@ -103,7 +103,10 @@ def unpacked(packed, bits):
 
 def decoded(store, layer, *, scaled=True):
     made, code = store.quantizer, store.codes
-    codes = np.minimum(unpacked(np.asarray(code.codes[layer]), made.bits), len(made.codebook.centroids) - 1)
+    codes = unpacked(np.asarray(code.codes[layer]), made.bits)
+    if made.bits == 4:  # a sign, 8 where below the middle, and a count from there
+        codes = np.where(codes < 8, codes + 8, 15 - codes)
+    codes = np.minimum(codes, len(made.codebook.centroids) - 1)
     levels = np.asarray(made.codebook.centroids, np.float64)[codes] * made.dim**-0.5
     if scaled:
         levels = levels * np.asarray(code.scales[layer], np.float64)[..., None]

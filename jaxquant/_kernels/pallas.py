@@ -137,7 +137,7 @@ def attend(
         numbers=jnp.stack([jnp.asarray(number, jnp.int32) for number in numbers]),
         table=jnp.zeros((1, 1), jnp.int32) if table is None else table,
         cap=jnp.full((1,), 1.0 if rule.soft_cap is None else rule.soft_cap, jnp.float32),
-        levels=(_levels(keys), _levels(values)),
+        levels=(keys.stored_levels, values.stored_levels),
         position=jnp.pad(position, ((0, 0), (0, setting.rows - rows)), constant_values=-1)[:, None],
         q=planes,
         norm=norm,
@@ -179,9 +179,3 @@ def _bounds(
         oldest = jnp.min(jnp.where(position < 0, jnp.iinfo(jnp.int32).max, position), axis=1)
         first = jnp.clip(oldest - rule.sliding_window + 1 - sinks, 0, slots)
     return jnp.stack([first, stop, exact_from], axis=1)
-
-
-def _levels(quantizer: Scalar) -> Float[Array, " levels"]:
-    """Repeat the last level where there are fewer than the bits could tell apart."""
-    centroids = quantizer.codebook.centroids
-    return jnp.pad(centroids, (0, 2**quantizer.bits - centroids.shape[0]), mode="edge").astype(jnp.float32)

@@ -10,19 +10,24 @@ KERNEL(THREADS, 1) combine(const float* __restrict__ parts, const float* __restr
     const long long head = block_x();
     const int lane = thread() % 32, way = thread() / 32;
     const float* mine = sums + 2 * head * count;
-    float top = -1e30f, total = 0.0f, x[PER_LANE];
+    // A warp's first part is on its way while the peaks are compared.
+    float top = -1e30f, total = 0.0f, x[PER_LANE], first[PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        x[i] = 0.0f;
+        first[i] = way < count && PER_LANE * lane + i < D ? parts[(head * count + way) * D + PER_LANE * lane + i] : 0.0f;
+    }
     for (int p = lane; p < count; p += 32) top = fmaxf(top, mine[2 * p]);
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) top = fmaxf(top, shuffle_xor(top, mask));
-#pragma unroll
-    for (int i = 0; i < PER_LANE; i++) x[i] = 0.0f;
 #pragma unroll 4
     for (int p = way; p < count; p += WAYS) {
         const float decay = exp2_(mine[2 * p] - top);
         total += decay * mine[2 * p + 1];
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++)
-            if (PER_LANE * lane + i < D) x[i] += decay * parts[(head * count + p) * D + PER_LANE * lane + i];
+            if (PER_LANE * lane + i < D)
+                x[i] += decay * (p == way ? first[i] : parts[(head * count + p) * D + PER_LANE * lane + i]);
     }
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++)

@@ -125,6 +125,21 @@ KERNEL(THREADS, BLOCKS) decode(
     Keys::Books key_book;
     Values::Books value_book;
 
+    // What does not wait for the lengths is asked for first.
+    const long long base = ((long long)row * kv_heads + pair % kv_heads) * HEADS + first_head;
+    constexpr int PER_LANE = (D + 31) / 32, PER_WARP = (COLUMNS + WARPS - 1) / WARPS;
+    const float temperature = scale[0] * (SOFT_CAP ? 1.0f : LOG2_E);
+    float turned_query[PER_WARP][PER_LANE];
+#pragma unroll
+    for (int k = 0; k < PER_WARP; k++)
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) {
+            const int head = k * WARPS + warp, c = lane * PER_LANE + i;
+            turned_query[k][i] = head < heads && c < D ? read(q, (base + head) * D + c, QUERIES) * temperature : 0.0f;
+        }
+    key_book.prepare(key_levels, key_table, THREADS);
+    value_book.prepare(value_levels, value_table, THREADS);
+
     // The tokens of this block: its share of those that the row reads from codes.
     const int tokens = length[lengths], unexact = exact_from[lengths];
     int stop = tokens - window > unexact ? tokens - window : unexact;
@@ -152,23 +167,11 @@ KERNEL(THREADS, BLOCKS) decode(
         if (ahead < stop) fetch(stages + i * STAGE, from, own_value_scales, ahead < last_start ? ahead : last_start, lane);
         end_group();
     }
-    key_book.prepare(key_levels, key_table, THREADS);
-    value_book.prepare(value_levels, value_table, THREADS);
-
     // The queries: rotated, scaled to well inside a half, and as halves in the order of the key fragments.
-    const long long base = ((long long)row * kv_heads + pair % kv_heads) * HEADS + first_head;
-    constexpr int PER_LANE = (D + 31) / 32, PER_WARP = (COLUMNS + WARPS - 1) / WARPS;
-    const float temperature = scale[0] * (SOFT_CAP ? 1.0f : LOG2_E);
-    float turned_query[PER_WARP][PER_LANE], largest = 0.0f;
+    float largest = 0.0f;
 #pragma unroll
     for (int k = 0; k < PER_WARP; k++) {
-        const int head = k * WARPS + warp;
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i++) {
-            const int c = lane * PER_LANE + i;
-            turned_query[k][i] = head < heads && c < D ? read(q, (base + head) * D + c, QUERIES) * temperature : 0.0f;
-        }
-        if (head < heads) rotate<KEY_ROUNDS>(turned_query[k], key_signs, lane);
+        if (k * WARPS + warp < heads) rotate<KEY_ROUNDS>(turned_query[k], key_signs, lane);
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) largest = fmaxf(largest, fabsf(turned_query[k][i]));
     }
