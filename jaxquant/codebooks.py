@@ -1,8 +1,8 @@
 """Scalar codebooks: the reproduction levels of a b-bit quantizer and the thresholds between them.
 
 `lloyd_max` solves for the optimal levels of one coordinate of a rotated vector: either the unit normal, or the exact
-marginal of a point on the sphere. Both are computed to convergence in float64 with NumPy, in milliseconds. `uniform` has
-the best equidistant levels instead, and `on_grid` rounds levels to the integers that fused kernels calculate with.
+marginal of a point on the sphere. Both are computed to convergence in float64 with NumPy, in milliseconds. `uniform`
+has the best equidistant levels instead, and `on_grid` rounds levels to the integers that fused kernels calculate with.
 """
 
 import functools
@@ -211,7 +211,7 @@ def _solve(bits: int, dim: int | None) -> np.ndarray:
 def _equidistant(bits: int, dim: int | None) -> np.ndarray:
     """Find the step where the distortion stops falling, by bisection of its derivative."""
     unit = np.arange(2**bits) - (2**bits - 1) / 2
-    low, high = 0.0, 4.0
+    low, high, step = 0.0, 4.0, 2.0
     edge = math.inf if dim is None else 0.999 * math.sqrt(dim)
     for _ in range(60):
         step = (low + high) / 2

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, PyTree
 
-from jaxquant._kernels import pallas, xla
+from jaxquant._kernels import cuda, nvrtc, pallas, xla
 from jaxquant._pytree import pytree
 from jaxquant._stacks import Stack, Store
 from jaxquant.protocols import Quantizer
@@ -159,7 +159,7 @@ def decode_attention_paged(
     scale: Number | None = None,
     soft_cap: Number | None = None,
     sliding_window: int | Integer[Array, ""] | None = None,
-    implementation: Literal["xla", "pallas"] | None = None,
+    implementation: Literal["xla", "cuda", "pallas"] | None = None,
 ) -> tuple[Float[Array, "batch heads dim"], Float[Array, "batch heads"]]:
     """Attend from the newest token of every row to all tokens in its pages.
 
@@ -171,7 +171,7 @@ def decode_attention_paged(
         scale: of the scores before the softmax; dim**-0.5 if None.
         soft_cap: bound of the scores, `cap * tanh(score / cap)`.
         sliding_window: newest tokens that may be seen; all if None.
-        implementation: "xla" runs everywhere and is the reference; None picks the fastest there is.
+        implementation: as in `attention.decode_attention`; None picks the fastest there is.
 
     Returns:
         The output in q's dtype and the natural log-sum-exp of the scores in float32, as
@@ -199,20 +199,32 @@ def decode_attention_paged(
         raise ValueError(f"soft_cap must be positive, got {soft_cap}")
     if isinstance(sliding_window, int | np.integer) and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
-    whys = (pallas.unreadable(pages.keys, pages.key_codes), pallas.unreadable(pages.values, pages.value_codes))
-    if implementation is None:
-        implementation = "pallas" if jax.default_backend() == "gpu" and not any(whys) else "xla"
-    if implementation not in ("xla", "pallas"):
-        raise ValueError(f"implementation must be None, 'xla' or 'pallas', got {implementation!r}")
-    if implementation == "pallas" and any(whys):
-        raise ValueError(f"'pallas' cannot read these pages: they {whys[0] or whys[1]}")
+    chosen = _choose(implementation, pages, q.shape[1] // kv_heads)
     rule = xla.Rule(
         scale=jnp.asarray(dim**-0.5 if scale is None else scale, jnp.float32),
         soft_cap=None if soft_cap is None else jnp.asarray(soft_cap, jnp.float32),
         sliding_window=None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32),
         visible=None,
     )
-    return _decode(q, pages, table, length, rule, implementation)
+    return _decode(q, pages, table, length, rule, chosen)
+
+
+def _choose(implementation: str | None, pages: Pages, heads: int) -> str:
+    if implementation not in (None, "xla", "cuda", "pallas"):
+        raise ValueError(f"implementation must be None, 'xla', 'cuda' or 'pallas', got {implementation!r}")
+    if implementation == "xla" or (implementation is None and nvrtc.capability() is None):
+        return "xla"
+    if implementation == "pallas":
+        codes = ((pages.keys, pages.key_codes), (pages.values, pages.value_codes))
+        obstacles = [pallas.unreadable(quantizer, code) for quantizer, code in codes]
+    else:
+        obstacles = [cuda.unreadable(pages.keys), cuda.unreadable(pages.values)]
+        obstacles += [f"are for {heads} query heads a kv head, more than 16" if heads > 16 else None]
+    if implementation is None:
+        return "xla" if any(obstacles) else "cuda"
+    if any(obstacles):
+        raise ValueError(f"{implementation!r} cannot read these pages: they {next(filter(None, obstacles))}")
+    return implementation
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
@@ -222,6 +234,11 @@ def _decode(
     count, kv_heads, page = pages.shape
     table = jnp.clip(table.astype(jnp.int32), 0, count - 1)
     length = jnp.minimum(length.astype(jnp.int32), table.shape[1] * page)
+    if implementation == "cuda":
+        quantizers, codes = (pages.keys, pages.values), (pages.key_codes, pages.value_codes)
+        never = jnp.zeros((1, q.shape[0]), jnp.int32)
+        part = cuda.attend(quantizers, codes, q, 0, length[None], never, rule, table=table)
+        return part.out.reshape(q.shape), part.lse.reshape(q.shape[:2])
     rows = q.reshape(q.shape[0], kv_heads, -1, q.shape[2]).astype(jnp.float32)
     position = jnp.broadcast_to(length[:, None] - 1, (q.shape[0], rows.shape[2]))
     if implementation == "pallas":

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxquant._kernels import nvrtc
 from jaxquant._kernels.xla import Partial, Rule
 from jaxquant._stacks import Index, Stack
+from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import Quantized, Scalar
 from jaxquant.rotations import Hadamard, Identity
 
@@ -35,19 +36,28 @@ def unsupported(stack: Stack, heads: int, rule: Rule) -> str | None:
         rule: of the attention.
     """
     for name, store in {"keys": stack.keys, "values": stack.values}.items():
-        quantizer = store.quantizer
-        if not isinstance(quantizer, Scalar):
-            return f"{name} are held by {type(quantizer).__name__}, not by quantizers.Scalar"
-        if book(quantizer) is None:
-            return f"{name} have {quantizer.bits} bits and a codebook of grid {quantizer.codebook.grid!r}"
-        if quantizer.dim not in _DIMS:
-            return f"dim is {quantizer.dim}, not one of {', '.join(map(str, _DIMS))}"
+        obstacle = unreadable(store.quantizer)
+        if obstacle is not None:
+            return f"{name} {obstacle}"
     if not 1 <= heads <= 16:
         return f"{heads} query heads share a kv head, more than 16"
     if stack.slots < _TILE:
         return f"there is room for {stack.slots} coded tokens, fewer than {_TILE}"
     if rule.visible is not None:
         return "`visible` is given"
+    return None
+
+
+def unreadable(quantizer: Quantizer) -> str | None:
+    """Say why codes of a quantizer cannot be read by these kernels, or return None where they can."""
+    if not isinstance(quantizer, Scalar):
+        return f"are held by {type(quantizer).__name__}, not by quantizers.Scalar"
+    if book(quantizer) is None:
+        return f"have {quantizer.bits} bits and a codebook of grid {quantizer.codebook.grid!r}"
+    if quantizer.codebook.centroids.shape[-1] != 2**quantizer.bits:
+        return f"have {quantizer.codebook.centroids.shape[-1]} levels, not {2**quantizer.bits}"
+    if quantizer.dim not in _DIMS:
+        return f"have dim {quantizer.dim}, not one of {', '.join(map(str, _DIMS))}"
     return None
 
 
@@ -74,10 +84,41 @@ def coded(
     Returns:
         The output in q's dtype, [batch, kv_heads, heads / kv_heads, dim], and its log-sum-exp.
     """
-    keys, values = stack.keys.quantizer, stack.values.quantizer
+    return attend(
+        (stack.keys.quantizer, stack.values.quantizer),
+        (stack.keys.codes, stack.values.codes),
+        *(q, layer, length, exact_from, rule),
+        index=index,
+        sinks=stack.sinks,
+        window=stack.window,
+    )
+
+
+def attend(
+    quantizers: tuple[Quantizer, Quantizer],
+    codes: tuple[Quantized, Quantized],
+    q: Float[Array, "batch heads dim"],
+    layer: Index,
+    length: Int[Array, "layers batch"],
+    exact_from: Int[Array, "layers batch"],
+    rule: Rule,
+    *,
+    index: Index = 0,
+    sinks: int = 0,
+    window: int = 0,
+    table: Int[Array, "batch row_pages"] | None = None,
+) -> Partial:
+    """Attend to keys and values in stacked buffers or, given a `table`, in pages [pages, kv_heads, page, ...]."""
+    keys, values = quantizers
     assert isinstance(keys, Scalar)
     assert isinstance(values, Scalar)
-    layers, batch, kv_heads, slots = stack.keys.codes.codes.shape[:4]
+    batch = q.shape[0]
+    if table is None:
+        layers, _, kv_heads, slots = codes[0].codes.shape[:4]
+        page = 0
+    else:
+        layers, kv_heads, page = codes[0].codes.shape[:3]
+        slots = page * table.shape[1]
     heads, dim = q.shape[1] // kv_heads, q.shape[2]
     key_rounds, value_rounds = rounds(keys), rounds(values)
     dtype = q.dtype.name
@@ -99,12 +140,12 @@ def coded(
         soft_cap=rule.soft_cap is not None,
         sliding=rule.sliding_window is not None,
         even=slots % 8 == 0,
+        page=page,
     )
     shape = _shape(dim, heads)
     passes = -(-heads // shape.columns)
     parts = _parts(batch * kv_heads * passes, slots, shape)
     nothing = jnp.zeros((), jnp.float32)
-    key_codes, value_codes = stack.keys.codes, stack.values.codes
     partial, sums = decode(
         [
             q,
@@ -115,11 +156,12 @@ def coded(
             rule.scale,
             nothing if rule.soft_cap is None else rule.soft_cap,
             jnp.zeros((), jnp.int32) if rule.sliding_window is None else rule.sliding_window,
-            *_operands(key_codes, keys),
+            jnp.zeros((), jnp.int32) if table is None else table,
+            *_operands(codes[0], keys),
             signs(keys),
-            *_operands(value_codes, values),
+            *_operands(codes[1], values),
         ],
-        [layers, batch, kv_heads, slots, stack.sinks, stack.window, length.shape[0]],
+        [layers, batch, kv_heads, slots, sinks, window, length.shape[0]],
         [
             jax.ShapeDtypeStruct((batch * kv_heads * heads, parts, dim), jnp.float32),
             jax.ShapeDtypeStruct((batch * kv_heads * heads, parts, 2), jnp.float32),
@@ -153,6 +195,7 @@ def kernels(
     soft_cap: bool,
     sliding: bool,
     even: bool,
+    page: int = 0,
     capability: tuple[int, int] | None = None,
 ) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
     """Compile `decode` and `combine` for one configuration."""
@@ -180,6 +223,7 @@ def kernels(
         "WAYS": ways,
         "STAGES": stages,
         "EVEN": int(even),
+        "PAGE": page,
     }
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
     grids = f"constexpr Book KEY_BOOK = {books[0]}, VALUE_BOOK = {books[1]};"

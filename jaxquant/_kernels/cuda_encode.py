@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxquant._kernels import cuda, nvrtc
 from jaxquant._stacks import Index, Store
-from jaxquant.quantizers import Quantized, Scalar
+from jaxquant.quantizers import Quantized
 
 _WARPS = 4
 _BLOCKS = 3  # a multiprocessor
@@ -23,12 +23,9 @@ _RULES = {"norm": 0, "preserve": 1, "unbiased": 2, "least_squares": 3}
 def unsupported(store: Store) -> str | None:
     """Say why the kernel cannot code for a store, or return None where it can."""
     quantizer = store.quantizer
-    if not isinstance(quantizer, Scalar):
-        return f"vectors are held by {type(quantizer).__name__}, not by quantizers.Scalar"
-    if cuda.book(quantizer) is None:
-        return f"vectors have {quantizer.bits} bits and a codebook of grid {quantizer.codebook.grid!r}"
-    if quantizer.codebook.centroids.shape[-1] != 2**quantizer.bits:
-        return f"the codebook has {quantizer.codebook.centroids.shape[-1]} levels, not {2**quantizer.bits}"
+    obstacle = cuda.unreadable(quantizer)
+    if obstacle is not None:
+        return f"vectors {obstacle}"
     if quantizer.dim not in (64, 128, 256):
         return f"dim is {quantizer.dim}, not 64, 128 or 256"
     return None

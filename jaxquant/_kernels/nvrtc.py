@@ -1,7 +1,7 @@
 """Compile CUDA C++ to PTX with the NVRTC that comes with JAX's CUDA plugin, and launch it from a jitted function.
 
-The launcher is the one that jaxlib brings along for Triton kernels: it takes any PTX, assembles it once a device, passes
-the operands' and results' addresses and then the 32-bit integers, and works in CUDA graphs.
+The launcher is the one that jaxlib brings along for Triton kernels: it takes any PTX, assembles it once a device,
+passes the operands' and results' addresses and then the 32-bit integers, and works in CUDA graphs.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ class Kernel:
         run = jax.ffi.ffi_call(
             "triton_kernel_call_ffi", list(results), vmap_method=None, input_output_aliases=aliases or {}
         )
-        return run(*operands, opaque=opaque)
+        return list(run(*operands, opaque=opaque))
 
 
 def capability() -> tuple[int, int] | None:

@@ -12,7 +12,8 @@
 //
 // Compiled with: D, HEADS (that share a kv head), KEY_BITS, VALUE_BITS, KEY_BOOK, VALUE_BOOK, KEY_SCALES, VALUE_SCALES,
 // QUERIES (0 float, 1 bfloat16, 2 half), KEY_ROUNDS, SOFT_CAP, SLIDING (0 or 1), WARPS, BLOCKS (per multiprocessor),
-// STAGES (tiles of a warp in shared memory), EVEN (1 where slots are a multiple of 8).
+// STAGES (tiles of a warp in shared memory), EVEN (1 where slots are a multiple of 8), PAGE (tokens of a page, a multiple
+// of 32, or 0 where a row's tokens are neighbours).
 
 constexpr int TILE = 32;
 constexpr int COLUMNS = HEADS > 8 && D <= 128 ? 16 : 8;
@@ -53,6 +54,17 @@ DEVICE void copy(u8* to, const u8* from, int lane) {
         }
 }
 
+// Where the vector of a token is, counted in vectors: of the row, or of the pages.
+struct Place {
+    const int* pages;
+    int kv_heads, head;
+    DEVICE long long of(int token) const {
+        if (!PAGE) return token;
+        constexpr int page = PAGE ? PAGE : 1;
+        return ((long long)pages[token / page] * kv_heads + head) * page + token % page;
+    }
+};
+
 DEVICE Source source_of(const u8* keys, const u8* values, const u8* key_scales, const u8* value_scales, int lane) {
     Source from;
     from.keys = keys + lane * KEY_UNIT;
@@ -64,13 +76,13 @@ DEVICE Source source_of(const u8* keys, const u8* values, const u8* key_scales, 
     return from;
 }
 
-DEVICE void fetch(u8* stage, const Source& from, const u8* value_scales, int start, int lane) {
-    copy<TILE * Keys::L::ROW, KEY_UNIT>(stage + lane * KEY_UNIT, from.keys + (long long)start * Keys::L::ROW, lane);
-    copy<TILE * Values::L::ROW, VALUE_UNIT>(stage + VALUES_AT + lane * VALUE_UNIT,
-                                            from.values + (long long)start * Values::L::ROW, lane);
+DEVICE void fetch(u8* stage, const Source& from, const u8* value_scales, long long start, int lane) {
+    copy<TILE * Keys::L::ROW, KEY_UNIT>(stage + lane * KEY_UNIT, from.keys + start * Keys::L::ROW, lane);
+    copy<TILE * Values::L::ROW, VALUE_UNIT>(stage + VALUES_AT + lane * VALUE_UNIT, from.values + start * Values::L::ROW,
+                                            lane);
     if (EVEN) {
         if (from.scale_bytes)
-            copy_async<16>(stage + KEY_SCALES_AT + 16 * lane, from.scales + (long long)start * from.scale_bytes);
+            copy_async<16>(stage + KEY_SCALES_AT + 16 * lane, from.scales + start * from.scale_bytes);
         return;
     }
     const u8* sources[2] = {from.scales, value_scales};
@@ -78,7 +90,7 @@ DEVICE void fetch(u8* stage, const Source& from, const u8* value_scales, int sta
     for (int which = 0; which < 2; which++) {
         const int bytes = which ? VALUE_SCALE_BYTES : KEY_SCALE_BYTES;
         u8* to = stage + (which ? VALUE_SCALES_AT : KEY_SCALES_AT) + lane * bytes;
-        const u8* at = sources[which] + (long long)(start + lane) * bytes;
+        const u8* at = sources[which] + (start + lane) * bytes;
         if (bytes == 4)
             copy_async<4>(to, at);
         else
@@ -104,7 +116,7 @@ DEVICE int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
 KERNEL(THREADS, BLOCKS) decode(
     const void* __restrict__ q, const int* __restrict__ layer, const int* __restrict__ index,
     const int* __restrict__ length, const int* __restrict__ exact_from, const float* __restrict__ scale, const float* __restrict__ soft_cap,
-    const int* __restrict__ sliding, const u8* __restrict__ key_codes, const u8* __restrict__ key_scales,
+    const int* __restrict__ sliding, const int* __restrict__ table, const u8* __restrict__ key_codes, const u8* __restrict__ key_scales,
     const float* __restrict__ key_levels, const signed char* __restrict__ key_signs,
     const u8* __restrict__ value_codes, const u8* __restrict__ value_scales, const float* __restrict__ value_levels,
     float* __restrict__ out, float* __restrict__ sums, int layers, int batch, int kv_heads, int slots, int sinks,
@@ -151,20 +163,21 @@ KERNEL(THREADS, BLOCKS) decode(
     first += part * share;
     stop = stop < first + share ? stop : first + share;
 
-    const long long vectors = (((long long)held * batch + row) * kv_heads + pair % kv_heads) * slots;
+    const long long vectors = PAGE ? 0 : (((long long)held * batch + row) * kv_heads + pair % kv_heads) * slots;
     const u8* own_value_scales = value_scales + vectors * VALUE_SCALE_BYTES;
     const Source from = source_of(key_codes + vectors * Keys::L::ROW, value_codes + vectors * Values::L::ROW,
                                   key_scales + vectors * KEY_SCALE_BYTES, own_value_scales, lane);
+    const Place place = {table + (long long)row * (slots / (PAGE ? PAGE : 1)), kv_heads, pair % kv_heads};
 
     // Tiles end inside the buffer: the last one may start before its tokens, which are masked.
     const int last_start = slots - TILE;
     const int mix = g / 2 + 4 * (g % 2);
     u8* stages = arena + warp * STAGES * STAGE;
-    int at = (first & ~7) + warp * TILE;
+    int at = (first & (PAGE ? ~(TILE - 1) : ~7)) + warp * TILE;  // a tile is part of one page
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
         const int ahead = at + i * TILE * WARPS;
-        if (ahead < stop) fetch(stages + i * STAGE, from, own_value_scales, ahead < last_start ? ahead : last_start, lane);
+        if (ahead < stop) fetch(stages + i * STAGE, from, own_value_scales, place.of(ahead < last_start ? ahead : last_start), lane);
         end_group();
     }
     // The queries: rotated, scaled to well inside a half, and as halves in the order of the key fragments.
@@ -252,7 +265,8 @@ KERNEL(THREADS, BLOCKS) decode(
             const int free_stage = slot_of_stage == 0 ? STAGES - 1 : slot_of_stage - 1;
             const int ahead = at + (STAGES - 1) * TILE * WARPS;
             if (ahead < stop)
-                fetch(stages + free_stage * STAGE, from, own_value_scales, ahead < last_start ? ahead : last_start, lane);
+                fetch(stages + free_stage * STAGE, from, own_value_scales, place.of(ahead < last_start ? ahead : last_start),
+                      lane);
             end_group();
         }
         slot_of_stage = slot_of_stage == STAGES - 1 ? 0 : slot_of_stage + 1;
