@@ -129,8 +129,8 @@ def uniform(bits: int, *, dim: int | None = None) -> Codebook:
 def on_grid(codebook: Codebook) -> Codebook:
     """Round levels to integers of 8 bits times a step: what the byte permutations of a fused kernel can look up.
 
-    Sixteen levels that mirror each other become signs and magnitudes of 8 bits, others bytes from the lowest level to
-    the highest. Of the mean squared error of `lloyd_max` this takes less than .1 % at 2 to 4 bits.
+    Sixteen levels that mirror each other become a sign and an odd integer up to 255, others bytes from the lowest level
+    to the highest. To the mean squared error of `lloyd_max` this adds less than .1 % at 2 and 3 bits and .5 % at 4.
 
     Args:
         codebook: of at most 16 levels.
@@ -141,7 +141,7 @@ def on_grid(codebook: Codebook) -> Codebook:
     Example:
         >>> book = on_grid(lloyd_max(4))
         >>> np.asarray(book.centroids[8:] / book.centroids[-1] * 255).round(3)
-        array([ 12.,  36.,  61.,  88., 117., 151., 193., 255.], dtype=float32)
+        array([ 11.,  37.,  61.,  87., 117., 151., 193., 255.], dtype=float32)
     """
     levels = np.asarray(codebook.centroids, np.float64)
     if len(levels) > 16:

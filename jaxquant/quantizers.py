@@ -136,7 +136,7 @@ class Scalar:
     @property
     def stored_levels(self) -> Float[Array, " codes"]:
         """The levels in the order of the stored codes, one for every code there can be."""
-        codes = jnp.arange(2**self.bits, dtype=jnp.uint8)
+        codes = jnp.arange(2**self.bits).astype(jnp.uint8)
         return codebooks.lookup(self.codebook, self._stored(codes, inverse=True))
 
     def expand(self, code: Quantized, /) -> Float[Array, "*batch dim"]:

@@ -199,3 +199,56 @@ def test_wrong_dims_are_named():
     for call in (lambda: codebooks.lloyd_max(2, dim=1), lambda: codebooks.distortion(BOOKS["2 bits"], dim=1)):
         with pytest.raises(ValueError, match="dim must be at least 2, got 1"):
             call()
+
+
+# Best steps and distortions of equidistant levels for the unit normal: Max 1960, table II.
+EQUIDISTANT = {1: ("1.596", "0.3634"), 2: ("0.9957", "0.1188"), 3: ("0.5860", "0.03744"), 4: ("0.3352", "0.01154")}
+
+
+@pytest.mark.parametrize("bits", EQUIDISTANT)
+def test_equidistant_levels_are_those_of_max(bits):
+    book = codebooks.uniform(bits)
+    step, error = EQUIDISTANT[bits]
+    steps = np.diff(np.asarray(book.centroids, np.float64))
+    assert np.allclose(steps, steps[0], rtol=1e-6)
+    assert abs(steps[0] - float(step)) < half_unit(step)
+    assert abs(codebooks.distortion(book) - float(error)) < half_unit(error)
+    assert book.grid == "uniform"
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_equidistant_levels_on_the_sphere_have_the_best_step(dim):
+    book = codebooks.uniform(2, dim=dim)
+    best = codebooks.distortion(book, dim=dim)
+    for stretch in (0.99, 1.01):
+        other = codebooks.Codebook(centroids=book.centroids * stretch)
+        assert codebooks.distortion(other, dim=dim) > best * 1.00001
+
+
+@pytest.mark.parametrize("dim", [None, 64, 128, 256])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_levels_on_the_grid_are_integers_and_cost_little(bits, dim):
+    book = codebooks.on_grid(codebooks.lloyd_max(bits, dim=dim))
+    levels = np.asarray(book.centroids, np.float64)
+    if bits == 4:
+        assert book.grid == "symmetric"
+        integers = levels / levels[-1] * 255
+        assert np.all(np.rint(integers) % 2 == 1)
+    else:
+        assert book.grid == "bytes"
+        integers = (levels - levels[0]) / (levels[-1] - levels[0]) * 255
+    assert np.abs(integers - np.rint(integers)).max() < 1e-3
+    least = codebooks.distortion(codebooks.lloyd_max(bits, dim=dim), dim=dim)
+    assert codebooks.distortion(book, dim=dim) < least * (1.005 if bits == 4 else 1.001)
+
+
+def test_levels_that_do_not_mirror_each_other_become_bytes():
+    levels = jnp.sort(jax.random.normal(jax.random.key(0), (16,)))
+    book = codebooks.on_grid(codebooks.Codebook(centroids=levels))
+    assert book.grid == "bytes"
+    np.testing.assert_allclose(book.centroids, levels, atol=float(levels[-1] - levels[0]) / 510 * 1.001)
+
+
+def test_too_many_levels_for_the_grid_are_refused():
+    with pytest.raises(ValueError, match="at most 16 levels, got 32"):
+        codebooks.on_grid(codebooks.lloyd_max(5))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import codebooks, quantizers, rotations
+from jaxquant import codebooks, packing, quantizers, rotations
 from jaxquant.methods import turboquant
 
 DIM, KEYS, COUNT = 128, 256, 64
@@ -399,3 +399,22 @@ def test_rotations_are_the_ones_asked_for():
     keys, values = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=2)
     assert (keys.bits, values.bits, keys.scale) == (4, 2, "preserve")
     assert (np.asarray(keys.rotation.signs) != np.asarray(values.rotation.signs)).any()
+
+
+def test_codes_of_four_bits_are_a_sign_and_a_magnitude():
+    made = turboquant.mse(jax.random.key(0), dim=64, bits=4, scale="preserve", rotation="identity")
+    x = jax.random.normal(jax.random.key(1), (50, 64))
+    codes = np.asarray(packing.unpack(made.quantize(x).codes, bits=4, length=64))
+    assert np.array_equal(codes >= 8, np.asarray(x) < 0)
+    magnitudes = np.abs(np.asarray(x)) / np.linalg.norm(x, axis=-1, keepdims=True) * 8
+    nearest = np.abs(magnitudes[..., None] - np.asarray(made.codebook.centroids)[8:]).argmin(axis=-1)
+    assert np.array_equal(codes % 8, nearest)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_stored_levels_are_what_codes_decode_to(bits):
+    made = turboquant.mse(jax.random.key(0), dim=256, bits=bits)
+    packed = packing.pack(jnp.arange(256, dtype=jnp.uint8) % 2**bits, bits=bits)
+    levels = made.levels(quantizers.Quantized(codes=packed))
+    assert np.array_equal(levels[: 2**bits], made.stored_levels)
+    assert np.array_equal(np.sort(made.stored_levels), np.asarray(made.codebook.centroids))

@@ -10,7 +10,7 @@ References:
 
 Differs from the paper: the rotation is a randomized Hadamard transform unless `rotation="haar"`; three more rules for
 the stored scale are offered; levels of 2 to 4 bits are rounded to 8 bits, as fused kernels want them, which costs less
-than .1 % of squared error; the sketch of `prod` is orthogonal.
+than .5 % of squared error; the sketch of `prod` is orthogonal.
 """
 
 from typing import Literal
