@@ -1,7 +1,7 @@
 """Put the basis of the values into the weights: the model then computes values in the coordinates of the code.
 
-With A the analysis of a kv head, completed to an invertible matrix, W_V becomes W_V A^T and W_O becomes A^-T W_O for each
-query head that reads it: the same function, and nothing to multiply at run time.
+With A the analysis of a kv head, completed to an invertible matrix, W_V becomes W_V A^T and W_O becomes A^-T W_O for
+each query head that reads it: the same function, and nothing to multiply at run time.
 """
 
 import dataclasses

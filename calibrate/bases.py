@@ -5,7 +5,7 @@ coordinates that are uncorrelated, cost the same a unit, and are sorted by what 
 less weighted error at equal rate, for normal vectors at high rate (reverse water-filling).
 
 References:
-    M. Salfati, "fraQtl", arXiv:2604.11501 (the values' eigenbasis weighted by attention); "OSCAR", arXiv:2605.17757 (keys
+    Salfati, "fraQtl", arXiv:2604.11501 (the values' eigenbasis weighted by attention); "OSCAR", arXiv:2605.17757 (keys
     rotated by the statistics of queries); T. Berger, "Rate distortion theory", 1971 (reverse water-filling).
 """
 

@@ -61,8 +61,8 @@ def collect(
         key: of the labels.
         decoder: the network.
         tokens: rows of token ids, each a text of its own.
-        labels: drawn from the model's predictions, which gives the curvature of the KL divergence, or the next tokens of
-            the text (the empirical information).
+        labels: drawn from the model's predictions, which gives the curvature of the KL divergence, or the next tokens
+            of the text (the empirical information).
         temperature: divides the logits. Above 1, predictions that are certain still count: an error that would flip
             them is large, and at temperature 1 its first steps cost nothing.
         progress: called with the rows done and all rows.

@@ -1,4 +1,4 @@
-"""From bases and samples to quantizers: codebooks of every width for every coordinate, then the best use of a budget."""
+"""From bases and samples to quantizers: codebooks of every width for every coordinate, then the use of a budget."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -140,8 +140,7 @@ def allocate(
 
 def loss(fitted: Fitted, bits: Int[np.ndarray, "layers groups"]) -> float:
     """Predict the KL divergence, in nats a token, where losses are in the metric of the Fisher information."""
-    layers, _, dim = fitted.mean.shape
-    each = np.repeat(bits, dim // bits.shape[1], axis=1)
+    each = np.repeat(bits, fitted.mean.shape[-1] // bits.shape[1], axis=1)
     index = np.searchsorted(fitted.choices, each)
     kept = np.take_along_axis(fitted.losses.sum(axis=2), index[None], axis=0)
     return float(kept.sum() / 2)

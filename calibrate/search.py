@@ -4,8 +4,8 @@
 gradient of what attention loses with the codebooks of a layer, and is judged on text it did not see.
 
 References:
-    N. Hansen, "The CMA evolution strategy: a tutorial", arXiv:1604.00772, figure 7; J. Bezdek, "Pattern recognition with
-    fuzzy objective function algorithms", 1981, ch. 3; D. Kingma, J. Ba, "Adam", arXiv:1412.6980.
+    N. Hansen, "The CMA evolution strategy: a tutorial", arXiv:1604.00772, figure 7; J. Bezdek, "Pattern recognition
+    with fuzzy objective function algorithms", 1981, ch. 3; D. Kingma, J. Ba, "Adam", arXiv:1412.6980.
 """
 
 import dataclasses
@@ -175,7 +175,7 @@ def score_loss(
 ) -> Callable[[Mixed], Float[Array, ""]]:
     """Make the loss of a key quantizer: KL divergence of its attention weights from the exact ones, causal.
 
-    Query i, of as many queries as tokens or a multiple (a group of heads, one after another), sees tokens up to its own.
+    Queries come as the tokens in order, once for each head of the group, and see tokens up to their own.
     """
     tokens = k.shape[1]
     place = jnp.tile(jnp.arange(tokens), q.shape[1] // tokens)

@@ -22,8 +22,8 @@ def predicted(
 ) -> float:
     """Predict the KL divergence, in nats a token, of compressing the keys, or the values, of one layer.
 
-    `sum_heads E[e^T F e] / 2` over the errors e of samples: the second-order term, with errors of different tokens taken
-    for independent.
+    `sum_heads E[e^T F e] / 2` over the errors e of samples: the second-order term, with errors of different tokens
+    taken for independent.
 
     Args:
         quantizer: of the layer.

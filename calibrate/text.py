@@ -1,7 +1,7 @@
 """Text to calibrate on: rows cut from the user's tokens, and rows that ask for something hidden far back.
 
 Average text hardly ever asks for one token among thousands, and statistics of it starve the directions which that
-takes: keys then look well by perplexity and forget pass keys. A share of rows with questions costs little and keeps them.
+takes: keys then look well by perplexity and forget pass keys. A share of rows with questions keeps them.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def rows(
     start: int = 0,
     keys: int | None = None,
 ) -> Int[np.ndarray, "count length"]:
-    """Cut rows from a text and hide pass keys in a share of them.
+    r"""Cut rows from a text and hide pass keys in a share of them.
 
     Args:
         generator: chooses the keys and their places.
@@ -44,7 +44,7 @@ def rows(
     Example:
         >>> from jaxquant import models
         >>> tokenizer = models.load().tokenizer
-        >>> ids = tokenizer.encode("x = 1\\n" * 2000)
+        >>> ids = tokenizer.encode("x = 1\n" * 2000)
         >>> rows(np.random.default_rng(0), ids, tokenizer, count=4, length=256, retrieval=0.5).shape
         (4, 256)
     """

@@ -51,7 +51,7 @@ def calibrate(
         if report is not None:
             from jaxquant.calibrate import pictures
 
-            pictures.write(report, found, measured, candidates, made)
+            pictures.write(report, candidates, made)
     summary = {
         "file": str(output),
         "bytes": output.stat().st_size,

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import jaxquant
 from jaxquant import _console, calibration_cli, qatc_cli
-from jaxquant.console import Json, ModelDir, err, out
+from jaxquant._console import Json, ModelDir, err, out
 
 app = typer.Typer(
     name="jaxquant",

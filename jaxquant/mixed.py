@@ -16,6 +16,7 @@ from jaxquant.quantizers import Quantized
 
 STEPS = 16  # gains an octave: 4.4 % apart
 _MIDDLE = 128  # the byte of gain 1
+_SELECTED = 2  # bits up to which levels are selected by comparisons, which fuse, instead of looked up
 _LARGEST = 2.0**100  # of an element; the squares of what becomes of it must not overflow
 
 Widths = tuple[tuple[int, int], ...]
@@ -119,23 +120,24 @@ class Mixed:
     def _assign(self, y: Float[Array, "*batch width"]) -> list[Array]:
         codes, first = [], 0
         for (_, count), levels in zip(self.widths, self.levels, strict=True):
-            part = y[..., first : first + count]
-            boundaries = _rows(jnp.moveaxis((levels[..., 1:] + levels[..., :-1]) / 2, -1, 0), lead=1)
-            code = jnp.zeros(part.shape, jnp.uint8)
-            for boundary in boundaries:
-                code += (part > boundary).astype(jnp.uint8)
-            codes.append(code)
+            boundaries = _rows((levels[..., 1:] + levels[..., :-1]) / 2, axes=2)
+            beyond = y[..., first : first + count, None] > boundaries
+            codes.append(jnp.sum(beyond, axis=-1, dtype=jnp.uint8))
             first += count
         return codes
 
     def _lookup(self, codes: list[Array]) -> Float[Array, "*batch width"]:
         parts = []
         for (bits, _), levels, code in zip(self.widths, self.levels, codes, strict=True):
-            each = list(_rows(jnp.moveaxis(levels, -1, 0), lead=1))
-            for bit in range(bits):  # halve the choice, lowest bit first
-                odd = (code >> np.uint8(bit)) & np.uint8(1) == np.uint8(1)
-                each = [jnp.where(odd, high, low) for low, high in zip(each[::2], each[1::2], strict=True)]
-            parts.append(each[0])
+            if bits <= _SELECTED:
+                each = [_rows(levels[..., i]) for i in range(2**bits)]
+                for bit in range(bits):  # halve the choice, lowest bit first
+                    odd = (code >> np.uint8(bit)) & np.uint8(1) == np.uint8(1)
+                    each = [jnp.where(odd, high, low) for low, high in zip(each[::2], each[1::2], strict=True)]
+                parts.append(each[0])
+            else:
+                place = jnp.arange(levels.size // 2**bits, dtype=jnp.int32).reshape(levels.shape[:-1]) << bits
+                parts.append(jnp.take(levels.reshape(-1), _rows(place) + code, mode="clip"))
         return jnp.concatenate(parts, axis=-1)
 
     def _pack(self, codes: list[Array]) -> UInt8[Array, "*batch n_bytes"]:
@@ -164,9 +166,9 @@ def _gain(code: UInt8[Array, "*batch"]) -> Float[Array, "*batch"]:
     return jnp.exp2((code.astype(jnp.float32) - _MIDDLE) / STEPS)
 
 
-def _rows(x: Array, *, lead: int = 0) -> Array:
-    """Make room for the token axis where there is a heads axis; `lead` axes before it are left alone."""
-    return x[..., None, :] if x.ndim > lead + 1 else x
+def _rows(x: Array, *, axes: int = 1) -> Array:
+    """Make room for the token axis before the last `axes` axes, where there is a heads axis."""
+    return jnp.expand_dims(x, -1 - axes) if x.ndim > axes else x
 
 
 def _product(x: Array, matrix: Array) -> Array:
