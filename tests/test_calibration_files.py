@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from jaxquant import cli, models
+from jaxquant import cli, models, quantizers
 from jaxquant.calibrate import absorb, files, make
 from jaxquant.models.loading import SMALL
 
@@ -166,6 +166,16 @@ def test_the_absorbed_model_gives_the_same_logits_and_loads(model, made, tmp_pat
     np.testing.assert_allclose(coded, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(coded[::-1], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+    inverse = np.linalg.inv(absorb.completed(half))
+    kept = [
+        np.asarray(quantizers.dequantize(each, quantizers.quantize(each, jnp.asarray(v, jnp.float32))), np.float64)
+        for each, v in ((half, seen[0]), (new.values[0], seen[model.architecture.layers]))
+    ]
+    back = np.einsum("hte,hde->htd", kept[1], inverse)
+    alike = np.isclose(back, kept[0], rtol=0, atol=1e-4 * np.abs(kept[0]).max()).all(-1)
+    assert alike.mean() > 0.95, "rounding may decide a near tie differently, not more"
+    assert not np.isclose(kept[1], kept[0], rtol=0, atol=1e-4 * np.abs(kept[0]).max()).all(-1).any()
 
     absorb.write_folder(changed_model, new, tmp_path / "folder")
     loaded = models.load(tmp_path / "folder", dtype="float32")
