@@ -43,8 +43,8 @@ def measure(
     tokens: Int[np.ndarray, " tokens"],
     *,
     start: int = 0,
-    rows: int = 8,
-    seq_len: int = 2048,
+    rows: int = 6,
+    seq_len: int | None = None,
     retrieval: float = 0.5,
     temperature: float = 3.0,
     seed: int = 0,
@@ -57,7 +57,8 @@ def measure(
         tokens: one long text.
         start: first token of it that is used.
         rows: of text.
-        seq_len: tokens of a row.
+        seq_len: tokens of a row; None takes the model's context, 4096 at most. Shorter rows do not show what keys lose
+            over long distances.
         retrieval: share of the rows in which pass keys are hidden and asked for.
         temperature: of the information; see `fisher.collect`.
         seed: of the pass keys and of the labels.
@@ -72,6 +73,7 @@ def measure(
         raise ValueError(
             f"token id {tokens.max()} is outside the model's vocabulary of {model.architecture.vocabulary}"
         )
+    seq_len = min(4096, model.architecture.max_positions) if seq_len is None else seq_len
     chosen = text.rows(
         np.random.default_rng(seed), tokens, model.tokenizer,
         count=rows, length=seq_len, retrieval=retrieval, start=start,
@@ -90,25 +92,35 @@ def measure(
     return Measured(statistics=sums, fisher=information, text=words)
 
 
-def candidates(measured: Measured, *, shrinkage: float = 0.1, progress: Progress = silent) -> Candidates:
+def candidates(
+    measured: Measured,
+    *,
+    queries: float = 0.5,
+    shrinkage: tuple[float, float] = (0.1, 0.02),
+    progress: Progress = silent,
+) -> Candidates:
     """Fit bases and codebooks of every width.
 
     Args:
         measured: statistics and information of a model.
-        shrinkage: share of the metrics that is the same in all directions; see `bases.shrunk`.
+        queries: share of the keys' metric that is E[q q^T], at the strength of the information: every query counts in
+            it, also those whose answer is so certain that small errors cost nothing.
+        shrinkage: of the metrics of keys and of values; see `bases.shrunk`.
         progress: called with a description, what is done and what there is to do.
     """
     found = measured.statistics
+    covariances = {"keys": found.key_covariance, "values": found.value_covariance}
+    information = measured.fisher.keys
+    scores = bases.like(found.query_moments, information, covariances["keys"])
+    metrics = {"keys": (1 - queries) * information + queries * scores, "values": measured.fisher.values}
+    samples = {"keys": found.key_samples, "values": found.value_samples}
     parts = []
-    for name in ("keys", "values"):
-        metric = bases.shrunk(getattr(measured.fisher, name), shrinkage)
-        half = name[:-1]
-        basis = bases.karhunen_loeve(getattr(found, f"{half}_covariance"), metric)
+    for name, share in zip(("keys", "values"), shrinkage, strict=True):
         parts.append(
             fit.fit(
-                basis,
+                bases.karhunen_loeve(covariances[name], bases.shrunk(metrics[name], share)),
                 getattr(found, name) / found.tokens,
-                getattr(found, f"{half}_samples"),
+                samples[name],
                 progress=lambda done, total, name=name: progress(f"codebooks of {name}", done, total),
             )
         )

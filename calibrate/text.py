@@ -33,7 +33,7 @@ def rows(
         length: tokens of a row.
         retrieval: share of the rows that hide pass keys and ask for them.
         start: first token of the text that is used.
-        keys: pass keys of such a row; one for every 128 tokens by default, 8 at most.
+        keys: pass keys of such a row; one for every 128 tokens by default, 16 at most.
 
     Returns:
         Ordinary rows first.
@@ -56,7 +56,8 @@ def rows(
     if plain:
         parts.append(evaluate.rows(tokens, start=start, count=plain, length=length - 1))
     if asking:
-        text = tokenizer.decode([int(token) for token in tokens[start + plain * length :]][: 3 * asking * length])
-        hidden = min(8, max(1, length // 128)) if keys is None else keys
+        after = np.roll(np.asarray(tokens[start:]), -plain * length)  # from the start again where the text is short
+        text = tokenizer.decode(np.resize(after, 3 * asking * length).tolist())
+        hidden = min(16, max(1, length // 128)) if keys is None else keys
         parts.append(needles.hide(generator, text, tokenizer, count=asking, length=length, keys=hidden))
     return np.concatenate(parts)

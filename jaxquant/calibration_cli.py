@@ -17,8 +17,11 @@ def calibrate(
         str | None, typer.Option(help="FILE[:NAME]: .npy, member of .npz, or a text file; default: held-out text.")
     ] = None,
     start: Annotated[int, typer.Option(min=0, help="First token.")] = 0,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of text.")] = 8,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=64, help="Tokens of a row.")] = 2048,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of text.")] = 6,
+    seq_len: Annotated[
+        int | None,
+        typer.Option("--seq-len", min=64, help="Tokens of a row; default: the model's context, 4096 at most."),
+    ] = None,
     retrieval: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the rows in which pass keys are hidden and asked for.")
     ] = 0.5,

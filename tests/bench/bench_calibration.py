@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--needles")
     parser.add_argument("--calibrate-on", help="other text than --tokens")
     parser.add_argument("--calibrate-from", type=int, default=100_000)
-    parser.add_argument("--calibration-rows", type=int, default=8)
-    parser.add_argument("--calibration-len", type=int, default=2048)
+    parser.add_argument("--calibration-rows", type=int, default=6)
+    parser.add_argument("--calibration-len", type=int, default=4096)
     parser.add_argument("--retrieval", type=float, default=0.5)
     parser.add_argument("--layer-groups", type=int)
     parser.add_argument("--group", type=int, default=8)
@@ -60,6 +60,7 @@ def main() -> None:
             model, token_files.read(model, source),
             start=0 if options.calibrate_on else options.calibrate_from, rows=options.calibration_rows,
             seq_len=options.calibration_len, retrieval=options.retrieval, seed=options.seed,
+            progress=lambda *done: print(*done, f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True),
         )  # fmt: skip
         found = make.candidates(measured)
         print(f"calibrated in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
