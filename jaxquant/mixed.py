@@ -137,7 +137,7 @@ class Mixed:
                 parts.append(each[0])
             else:
                 place = jnp.arange(levels.size // 2**bits, dtype=jnp.int32).reshape(levels.shape[:-1]) << bits
-                parts.append(jnp.take(levels.reshape(-1), _rows(place) + code, mode="clip"))
+                parts.append(jnp.take(levels.reshape(-1), _rows(place) + code.astype(jnp.int32), mode="clip"))
         return jnp.concatenate(parts, axis=-1)
 
     def _pack(self, codes: list[Array]) -> UInt8[Array, "*batch n_bytes"]:
