@@ -210,6 +210,7 @@ def test_a_template_for_all_layers_makes_one_stack(model, measured, found):
         make.choose(model, measured, found, bits=3.0, layer_groups=6)
 
 
+@pytest.mark.slow
 def test_calibrate_eval_convert(tmp_path):
     def run(*arguments):
         result = CliRunner().invoke(cli.app, [*arguments, "--json"])
