@@ -173,10 +173,10 @@ def allocate(
 def code_shapes(quantizer: Quantizer | PerLayer, lead: tuple[int, int, int]) -> PyTree[jax.ShapeDtypeStruct]:
     """Trace what the codes of one layer look like, for leading axes batch, kv_heads and tokens."""
 
-    def coded(quantizer: Quantizer | PerLayer, x: Array) -> PyTree[Array]:
+    def coded(x: Array) -> PyTree[Array]:
         return (quantizer.at(0) if isinstance(quantizer, PerLayer) else quantizer).quantize(x)
 
-    return jax.eval_shape(coded, quantizer, jax.ShapeDtypeStruct((*lead, quantizer.dim), jnp.float32))
+    return jax.eval_shape(coded, jax.ShapeDtypeStruct((*lead, quantizer.dim), jnp.float32))
 
 
 def write(

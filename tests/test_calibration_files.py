@@ -161,7 +161,7 @@ def test_the_absorbed_model_gives_the_same_logits_and_loads(model, made, tmp_pat
     for each in (model, changed_model):
         each.decoder.hidden(ids, tap=tap)
     half = made.values[0]
-    expected = np.einsum("htd,hed->hte", seen[0], np.asarray(half.analysis, np.float64))
+    expected = np.einsum("hid,hed->hie", seen[0], np.asarray(half.analysis, np.float64))
     coded = seen[model.architecture.layers][..., : half.width]
     np.testing.assert_allclose(coded, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     with pytest.raises(AssertionError):
@@ -172,7 +172,7 @@ def test_the_absorbed_model_gives_the_same_logits_and_loads(model, made, tmp_pat
         np.asarray(quantizers.dequantize(each, quantizers.quantize(each, jnp.asarray(v, jnp.float32))), np.float64)
         for each, v in ((half, seen[0]), (new.values[0], seen[model.architecture.layers]))
     ]
-    back = np.einsum("hte,hde->htd", kept[1], inverse)
+    back = np.einsum("hie,hde->hid", kept[1], inverse)
     alike = np.isclose(back, kept[0], rtol=0, atol=1e-4 * np.abs(kept[0]).max()).all(-1)
     assert alike.mean() > 0.95, "rounding may decide a near tie differently, not more"
     assert not np.isclose(kept[1], kept[0], rtol=0, atol=1e-4 * np.abs(kept[0]).max()).all(-1).any()
