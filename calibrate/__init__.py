@@ -1,1 +1,1 @@
-"""Calibration: statistics, bases and bit allocation for a model (planned; empty for now)."""
+"""Calibration: what a few thousand tokens say about a model, and quantizers that make use of it."""

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from jaxquant.codecs.errors import CorruptError, UnsupportedError
 
-_HOMES = re.compile(r"jaxquant\.(quantizers|rotations|codebooks|sketch|methods\.\w+)")
+_HOMES = re.compile(r"jaxquant\.(quantizers|mixed|rotations|codebooks|sketch|methods\.\w+)")
 _PLAIN = bool | int | float | str
 
 

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxquant import _descriptions, cache
+from jaxquant import _descriptions, _stacks, cache
 from jaxquant._stacks import Stack, Store
 from jaxquant.cache import KVCache
 from jaxquant.codecs import v3
 from jaxquant.codecs.errors import CodecError, CorruptError, UnsupportedError
 from jaxquant.codecs.limits import Limits
 from jaxquant.protocols import Quantizer
+from jaxquant.quantizers import PerLayer
 
 KEY = "jaxquant.snapshot"  # of the metadata that describes the cache
 VERSION = 1
@@ -117,7 +118,7 @@ class Part:
         used = int(self.length[held].max())
         kept = used if tokens is None else min(tokens, used)
         name, slots = f"stack{index}/{half}", self.capacity - sinks
-        quantizer, code = self._quantizer(record.get("quantizer"), name)
+        quantizer, code = self._quantizer(record.get("quantizer"), name, len(held))
         vector = jax.ShapeDtypeStruct((quantizer.dim,), record["dtype"])
 
         def take(tensor: str, item: jax.ShapeDtypeStruct, stored: int, wanted: int, room: int) -> Array:
@@ -128,20 +129,25 @@ class Part:
             return take(label(name, path), item, max(used - sinks, 0), max(kept - sinks, 0), slots)
 
         return Store(
-            quantizer=quantizer,
+            quantizer=PerLayer(stacked=quantizer.at(jnp.array(layers)))
+            if isinstance(quantizer, PerLayer)
+            else quantizer,
             codes=jax.tree_util.tree_map_with_path(coded, code),
             sinks=take(f"{name}/sinks", vector, min(used, sinks), min(kept, sinks), sinks),
             window=take(f"{name}/window", vector, min(used, window), min(used, window), window),
         )
 
-    def _quantizer(self, node: Any, name: str) -> tuple[Quantizer, Any]:
+    def _quantizer(self, node: Any, name: str, layers: int) -> tuple[Quantizer | PerLayer, Any]:
         """Rebuild a quantizer, and trace what its codes look like: the file's own tensors must look the same."""
         try:
             quantizer = _descriptions.rebuild(node, self._array, self.classes)
-            if not isinstance(quantizer, Quantizer) or type(quantizer.dim) is not int or quantizer.dim < 1:
-                raise CorruptError(f"{name}: {type(quantizer).__name__} is no quantizer")
-            vector = jax.ShapeDtypeStruct((quantizer.dim,), jnp.float32)
-            return quantizer, jax.eval_shape(quantizer.quantize, vector)
+            each = quantizer.at(0) if isinstance(quantizer, PerLayer) else quantizer
+            if not isinstance(each, Quantizer) or type(quantizer.dim) is not int or quantizer.dim < 1:
+                raise CorruptError(f"{name}: {type(each).__name__} is no quantizer")
+            if isinstance(quantizer, PerLayer) and {leaf.shape[0] for leaf in jax.tree.leaves(quantizer)} != {layers}:
+                raise CorruptError(f"{name}: its quantizers are not for {layers} layers")
+            code = _stacks.code_shapes(quantizer, (1, self.kv_heads, 1))
+            return quantizer, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[3:], leaf.dtype), code)
         except CodecError:
             raise
         except Exception as error:  # whatever a class makes of fields that do not fit each other

@@ -1,6 +1,6 @@
 """What a cache is made of: stacks of layers with packed codes, exact first tokens and a ring of exact newest tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Integer, PyTree
 
 from jaxquant._pytree import pytree, static
 from jaxquant.protocols import Quantizer
+from jaxquant.quantizers import PerLayer
 
 Index = int | Integer[Array, ""]
 
@@ -19,22 +20,26 @@ class Store:
     """The keys, or the values, of a stack of layers.
 
     Attributes:
-        quantizer: of every vector that is not exact.
+        quantizer: of every vector that is not exact; `at` gives that of a layer.
         codes: what `quantizer.quantize` returns, every leaf [layers, batch, kv_heads, slots, ...]; slot s holds the
             token at position s + sinks.
         sinks: the first tokens, [layers, batch, kv_heads, sinks, dim].
         window: ring of the newest tokens, position p in slot p % window, [layers, batch, kv_heads, window, dim].
     """
 
-    quantizer: Quantizer
+    quantizer: Quantizer | PerLayer
     codes: PyTree[Any]
     sinks: Float[Array, "layers batch kv_heads sinks dim"]
     window: Float[Array, "layers batch kv_heads window dim"]
 
+    def at(self, index: Index) -> Quantizer:
+        """Give the quantizer of layer `index` of the stack."""
+        return self.quantizer.at(index) if isinstance(self.quantizer, PerLayer) else self.quantizer
+
 
 @pytree
 class Stack:
-    """Layers that share their quantizers."""
+    """Layers whose quantizers are the same, or differ in their numbers alone."""
 
     keys: Store
     values: Store
@@ -117,22 +122,61 @@ class KVCache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(held)) / tokens
 
 
+def each_layer(name: str, quantizer: Quantizer | Sequence[Quantizer], layers: int) -> list[Quantizer]:
+    """Give the quantizer of each layer."""
+    if not isinstance(quantizer, Sequence):
+        return [quantizer] * layers
+    if len(quantizer) != layers:
+        raise ValueError(f"{name} must hold one quantizer for each of {layers} layers, got {len(quantizer)}")
+    return list(quantizer)
+
+
+def form(quantizer: Quantizer) -> tuple[Any, ...]:
+    """Describe all of a quantizer but its numbers: layers of one form can share a stack."""
+    leaves, structure = jax.tree.flatten(quantizer)
+    return structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+
+
+def joined(quantizers: Sequence[Quantizer]) -> Quantizer | PerLayer:
+    """Join the quantizers of layers that share a stack."""
+    if all(quantizer is quantizers[0] for quantizer in quantizers):
+        return quantizers[0]
+    return PerLayer(stacked=jax.tree.map(lambda *leaves: jnp.stack(leaves), *quantizers))
+
+
 def allocate(
-    quantizer: Quantizer, layers: int, batch: int, kv_heads: int, *, slots: int, sinks: int, window: int, dtype: str
+    quantizer: Quantizer | PerLayer,
+    layers: int,
+    batch: int,
+    kv_heads: int,
+    *,
+    slots: int,
+    sinks: int,
+    window: int,
+    dtype: str,
 ) -> Store:
     """Make an empty store.
 
     It holds a copy of the quantizer's arrays: a step that donates the cache must not take the caller's with it, nor
     donate one buffer twice where keys and values share a quantizer.
     """
-    code = jax.eval_shape(quantizer.quantize, jax.ShapeDtypeStruct((quantizer.dim,), jnp.float32))
     lead = (layers, batch, kv_heads)
+    code = code_shapes(quantizer, (batch, kv_heads, slots))
     return Store(
         quantizer=jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, quantizer),
-        codes=jax.tree.map(lambda leaf: jnp.zeros((*lead, slots, *leaf.shape), leaf.dtype), code),
+        codes=jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype), code),
         sinks=jnp.zeros((*lead, sinks, quantizer.dim), dtype),
         window=jnp.zeros((*lead, window, quantizer.dim), dtype),
     )
+
+
+def code_shapes(quantizer: Quantizer | PerLayer, lead: tuple[int, int, int]) -> PyTree[jax.ShapeDtypeStruct]:
+    """Trace what the codes of one layer look like, for leading axes batch, kv_heads and tokens."""
+
+    def coded(x: Array) -> PyTree[Array]:
+        return (quantizer.at(0) if isinstance(quantizer, PerLayer) else quantizer).quantize(x)
+
+    return jax.eval_shape(coded, jax.ShapeDtypeStruct((*lead, quantizer.dim), jnp.float32))
 
 
 def write(
@@ -176,7 +220,7 @@ def write(
     if encode is not None:
         codes = encode(store, index, jnp.swapaxes(x, 1, 2), jnp.where(held, position - sinks, -1))
     else:
-        coded = store.quantizer.quantize(x)
+        coded = store.at(index).quantize(x)
         codes = jax.tree.map(lambda leaf, new: put(leaf, position - sinks, new), store.codes, coded)
     return Store(quantizer=store.quantizer, codes=codes, sinks=exact_sinks, window=exact_window)
 

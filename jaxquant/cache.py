@@ -9,7 +9,7 @@ Layers are stacked on a leading axis. Layers named in `exact_layers` form a seco
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ Implementation = Literal["xla", "cuda"]
 
 
 def init(
-    keys: Quantizer,
-    values: Quantizer,
+    keys: Quantizer | Sequence[Quantizer],
+    values: Quantizer | Sequence[Quantizer],
     *,
     layers: int,
     batch: int,
@@ -44,8 +44,10 @@ def init(
     """Allocate an empty cache.
 
     Args:
-        keys: quantizer of the keys; `quantizers.Exact` for an uncompressed cache.
-        values: quantizer of the values, of the same dim.
+        keys: quantizer of the keys; `quantizers.Exact` for an uncompressed cache. One for all layers, or a sequence
+            with one for each: layers whose quantizers differ in their numbers alone share a stack. The arrays of a
+            layer's own quantizer may have the kv_heads as their first axis.
+        values: likewise for the values, of the same dim.
         layers: of the model.
         batch: rows.
         kv_heads: heads of the keys and values (not of the queries).
@@ -71,8 +73,12 @@ def init(
         raise ValueError(f"sinks must be from 0 to capacity - 1 = {capacity - 1}, got {sinks}")
     if window < 0:
         raise ValueError(f"window must not be negative, got {window}")
-    if keys.dim != values.dim:
-        raise ValueError(f"keys and values must have the same dim, got {keys.dim} and {values.dim}")
+    each = _stacks.each_layer("keys", keys, layers), _stacks.each_layer("values", values, layers)
+    dims = [sorted({quantizer.dim for quantizer in half}) for half in each]
+    if len({*dims[0], *dims[1]}) > 1:
+        raise ValueError(
+            f"keys and values must have the same dim, got {' and '.join(', '.join(map(str, dim)) for dim in dims)}"
+        )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating dtype, got {jnp.dtype(dtype).name}")
     outside = [layer for layer in exact_layers if not -layers <= layer < layers]
@@ -81,23 +87,27 @@ def init(
 
     float_name = jnp.dtype(dtype).name
     exact = {layer % layers for layer in exact_layers}
+    alike: dict[Any, list[int]] = {}
+    for layer in sorted(set(range(layers)) - exact):
+        own = [half[layer] for half, given in zip(each, (keys, values), strict=True) if isinstance(given, Sequence)]
+        alike.setdefault(tuple(map(_stacks.form, own)), []).append(layer)
+    whole = Exact(dim=dims[0][0], dtype=float_name)  # pyright: ignore[reportArgumentType]
     stacks, places = [], [(0, 0)] * layers
-    for members, compressed in (sorted(set(range(layers)) - exact), True), (sorted(exact), False):
+    for members, compressed in [*((members, True) for members in alike.values()), (sorted(exact), False)]:
         if not members:
             continue
         for index, layer in enumerate(members):
             places[layer] = (len(stacks), index)
         kept = {"sinks": sinks, "window": window} if compressed else {"sinks": 0, "window": 0}
-        whole = Exact(dim=keys.dim, dtype=float_name)  # pyright: ignore[reportArgumentType]
         stores = [
             _stacks.allocate(
-                quantizer if compressed else whole,
+                _stacks.joined([half[layer] for layer in members]) if compressed else whole,
                 *(len(members), batch, kv_heads),
                 slots=capacity - kept["sinks"],
                 dtype=float_name,
                 **kept,
             )
-            for quantizer in (keys, values)
+            for half in each
         ]
         stacks.append(Stack(keys=stores[0], values=stores[1]))
     return KVCache(
@@ -229,7 +239,8 @@ def _materialize(cache: KVCache, layer: Index, stack: int | None) -> tuple[Array
     def decoded(store: Store, index: Index) -> Array:
         sinks, window = store.sinks.shape[3], store.window.shape[3]
         codes = jax.tree.map(lambda leaf: leaf[index], store.codes)
-        coded = store.quantizer.restore(store.quantizer.expand(codes))
+        quantizer = store.at(index)
+        coded = quantizer.restore(quantizer.expand(codes))
         x = jnp.concatenate([store.sinks[index].astype(jnp.float32), coded], axis=2)
         if window:
             position = _stacks.ring_positions(length, window)

@@ -3,7 +3,6 @@
 import importlib
 import importlib.metadata
 import inspect
-import json
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 import jaxquant
-from jaxquant import benchmark_cli, qatc_cli
+from jaxquant import _console, benchmark_cli, calibration_cli, qatc_cli
+from jaxquant._console import Json, ModelDir, err, out
 
 app = typer.Typer(
     name="jaxquant",
@@ -27,18 +25,13 @@ app = typer.Typer(
 )
 app.add_typer(qatc_cli.app, name="qatc")
 app.add_typer(benchmark_cli.app, name="benchmark")
-out, err = Console(), Console(stderr=True)
 
-ModelDir = Annotated[
-    Path | None, typer.Option("--model", help="Hugging Face folder; default: the small model in the package.")
-]
 Method = Annotated[str, typer.Option(help="A name that `jaxquant methods` lists, or package.module:function.")]
 BitsK = Annotated[int, typer.Option("--bits-k", help="Bits per coordinate of keys.")]
 BitsV = Annotated[int, typer.Option("--bits-v", help="Bits per coordinate of values.")]
 Sinks = Annotated[int, typer.Option(min=0, help="First tokens of a row that stay exact.")]
 Window = Annotated[int, typer.Option(min=0, help="Newest tokens of a row that stay exact.")]
 Seed = Annotated[int, typer.Option(help="Of the rotations (and of sampling).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def main() -> None:
@@ -66,7 +59,7 @@ def info(as_json: Json = False) -> None:
         "model families": list(FAMILIES),
         "methods": list(_methods()),
     }
-    _show(report, as_json, title="jaxquant")
+    _console.show(report, as_json, title="jaxquant")
 
 
 @app.command()
@@ -82,7 +75,7 @@ def methods(as_json: Json = False) -> None:
             "caches": hasattr(module, "kv"),
         }
     if as_json:
-        return _print_json(report)
+        return _console.print_json(report)
     table = Table("method", "what it does", "source", show_lines=True)
     for name, entry in report.items():
         table.add_row(name, entry["summary"], entry["source"])
@@ -116,7 +109,7 @@ def benchmark(
     rotate, draw = jax.random.split(jax.random.key(seed))
     x = measure.INPUTS[inputs](draw, vectors, dim)
     rows = []
-    with _bar() as bar:
+    with _console.bar() as bar:
         for width in bar.track(bits or [2, 3, 4, 6, 8], description="measuring"):
             quantizer = build(rotate, dim=dim, bits=width, **settings)
             quality, speed = measure.quality(quantizer, x), measure.speed(quantizer, x)
@@ -130,7 +123,7 @@ def benchmark(
                 "quantize_per_matmul": speed.quantize_ratio, "dequantize_per_matmul": speed.dequantize_ratio,
             })  # fmt: skip
     if as_json:
-        return _print_json({"method": method, "dim": dim, "vectors": vectors, "input": inputs, "scale": scale,
+        return _console.print_json({"method": method, "dim": dim, "vectors": vectors, "input": inputs, "scale": scale,
                             "rotation": rotation, "seed": seed, "results": rows})  # fmt: skip
     table = Table(title=f"{method}, {inputs} vectors of {dim}, rotation {rotation}, scale {scale}")
     for header in ("bits", "NMSE", "bound", "Shannon", "SNR dB", "bytes", "quantize/s", "decode/s"):
@@ -179,9 +172,9 @@ def run(
         write=write,
     )
     if as_json:
-        return _print_json({"prompt": prompt, **result})
+        return _console.print_json({"prompt": prompt, **result})
     out.print()
-    _show({name: value for name, value in result.items() if name != "text"}, False, title="cache")
+    _console.show({name: value for name, value in result.items() if name != "text"}, False, title="cache")
 
 
 @app.command()
@@ -208,12 +201,12 @@ def compare(
     chosen = trial.Trial.load(
         model, _function(method, "kv"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
     )
-    with _bar() as bar:
+    with _console.bar() as bar:
         report = chosen.compare(
-            prompt, max_tokens=max_tokens, text=text, rows=rows, seq_len=seq_len, progress=_advance(bar)
+            prompt, max_tokens=max_tokens, text=text, rows=rows, seq_len=seq_len, progress=_console.advance(bar)
         )
     if as_json:
-        return _print_json(report)
+        return _console.print_json(report)
     for name in ("baseline", "compressed"):
         out.rule(name)
         out.print(prompt, report[name]["text"], sep="", markup=False, highlight=False, soft_wrap=True)
@@ -224,6 +217,10 @@ def compare(
         table.add_row(label, *cells)
     out.print(table)
     out.print(report["setting"], highlight=False, soft_wrap=True)
+
+
+app.command()(calibration_cli.calibrate)
+app.command()(calibration_cli.convert)
 
 
 @app.command(name="eval")
@@ -238,6 +235,9 @@ def evaluate(
     method: Method = "turboquant",
     bits_k: BitsK = 4,
     bits_v: BitsV = 4,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File that `jaxquant calibrate` made; it takes the place of method and bits.")
+    ] = None,
     sinks: Sinks = 0,
     window: Window = 0,
     needles: Annotated[str | None, typer.Option(help="FILE:NAME of rows [n, T] with questions for pass keys.")] = None,
@@ -250,17 +250,20 @@ def evaluate(
     """Measure perplexity, KL divergence, agreement and pass-key retrieval through the packed cache."""
     from jaxquant import trial
 
-    chosen = trial.Trial.load(
-        model, _function(method, "kv"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
-    )
-    with _bar() as bar:
+    if calibration is None:
+        chosen = trial.Trial.load(
+            model, _function(method, "kv"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
+        )
+    else:
+        chosen = trial.Trial.calibrated(model, calibration, sinks=sinks, window=window)
+    with _console.bar() as bar:
         report = chosen.measure(
             tokens, start=start, rows=rows, seq_len=seq_len, needle_file=needles, needle_rows=needle_rows,
-            chunk=chunk, batch=batch, progress=_advance(bar),
+            chunk=chunk, batch=batch, progress=_console.advance(bar),
         )  # fmt: skip
     if as_json:
-        return _print_json(report)
-    table = Table("", "baseline", f"K{bits_k}/V{bits_v}")
+        return _console.print_json(report)
+    table = Table("", "baseline", "compressed")
     for label, key, form in trial.LINES:
         if any(key in report[name] for name in ("baseline", "compressed")):
             cells = [
@@ -292,32 +295,3 @@ def _function(method: str, default: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--method {method!r}: {error}") from None
-
-
-def _bar() -> Bar:
-    return Bar(console=err, transient=True, disable=not err.is_terminal)
-
-
-def _advance(bar: Bar) -> Callable[[str, int, int], None]:
-    tasks: dict[str, Any] = {}
-
-    def advance(description: str, done: int, total: int) -> None:
-        if description not in tasks:
-            tasks[description] = bar.add_task(description, total=total)
-        bar.update(tasks[description], completed=done)
-
-    return advance
-
-
-def _show(report: dict[str, Any], as_json: bool, *, title: str) -> None:
-    if as_json:
-        return _print_json(report)
-    table = Table(title=title, show_header=False)
-    for name, value in report.items():
-        shown = ", ".join(value) if isinstance(value, list) else f"{value:,.4g}" if isinstance(value, float) else value
-        table.add_row(name, str(shown))
-    out.print(table)
-
-
-def _print_json(report: dict[str, Any]) -> None:
-    print(json.dumps(report, indent=2))

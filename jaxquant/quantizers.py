@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Float, Integer, PyTree, UInt8
 
 from jaxquant import codebooks, packing, sketch
 from jaxquant._pytree import pytree, static
@@ -72,6 +72,26 @@ class Exact:
     def project(self, q: Float[Array, "*batch dim"], /) -> Float[Array, "*batch dim"]:
         """Cast to float32."""
         return q.astype(jnp.float32)
+
+
+@pytree
+class PerLayer:
+    """One quantizer for each layer of a stack: the same code with other numbers.
+
+    Attributes:
+        stacked: a quantizer whose every array has the layers as its first axis.
+    """
+
+    stacked: Quantizer
+
+    @property
+    def dim(self) -> int:
+        """Length of the vectors."""
+        return self.stacked.dim
+
+    def at(self, index: int | Integer[Array, "*indices"]) -> Quantizer:
+        """Take the quantizer of one layer, or those of several."""
+        return jax.tree.map(lambda leaf: leaf[index], self.stacked)
 
 
 @pytree

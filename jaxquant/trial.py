@@ -4,16 +4,17 @@ These are the reports behind `jaxquant run`, `compare` and `eval`, as plain dict
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Int, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-from jaxquant import evaluate, models, needles, quantizers
+from jaxquant import evaluate, models, needles, quantizers, token_files
 from jaxquant.cache import KVCache
+from jaxquant.calibrate import files
 from jaxquant.models.loading import SMALL
 from jaxquant.protocols import Quantizer
 
@@ -47,16 +48,16 @@ class Trial:
 
     Attributes:
         model: to run.
-        keys: quantizer of the keys.
-        values: quantizer of the values.
+        keys: quantizer of the keys, or one for each layer.
+        values: likewise of the values.
         sinks: first tokens of a row that stay exact.
         window: newest tokens of a row that stay exact.
         setting: all of it in words.
     """
 
     model: models.Model
-    keys: Quantizer
-    values: Quantizer
+    keys: Quantizer | Sequence[Quantizer]
+    values: Quantizer | Sequence[Quantizer]
     sinks: int
     window: int
     setting: str
@@ -78,13 +79,26 @@ class Trial:
         """
         model = models.load(folder)
         keys, values = method(jax.random.key(seed), dim=model.architecture.dim, bits_k=bits_k, bits_v=bits_v)
-        name = "the small model in the package" if folder is None else folder.name
-        setting = (
-            f"{name}, {model.architecture.layers} layers, {model.architecture.kv_heads} kv heads of "
-            f"{model.architecture.dim}; {method.__module__.rpartition('.')[2]} K{bits_k}/V{bits_v}, {sinks} sinks, "
-            f"window {window}; {jax.devices()[0].device_kind}"
-        )
+        setting = _setting(model, f"{method.__module__.rpartition('.')[2]} K{bits_k}/V{bits_v}", sinks, window)
         return Trial(model=model, keys=keys, values=values, sinks=sinks, window=window, setting=setting)
+
+    @staticmethod
+    def calibrated(folder: Path | None, path: Path, *, sinks: int, window: int) -> "Trial":
+        """Load a model and a calibration of it.
+
+        Args:
+            folder: Hugging Face folder; None for the small model in the package.
+            path: of the calibration.
+            sinks: first tokens of a row that stay exact.
+            window: newest tokens of a row that stay exact.
+
+        Raises:
+            ValueError: the calibration is damaged, or for another model.
+        """
+        found, model = files.read(path), models.load(folder)
+        found.check(model)
+        setting = _setting(model, f"calibrated to {found.bits:.3f} bits, gains included", sinks, window)
+        return Trial(model=model, keys=found.keys, values=found.values, sinks=sinks, window=window, setting=setting)
 
     def cache(self, rows: int, capacity: int) -> KVCache:
         """Make an empty compressed cache."""
@@ -174,7 +188,7 @@ class Trial:
             progress("generating", i, 2)
             generated[name] = self.generate(prompt, compressed=bool(i), max_tokens=max_tokens)
         progress("generating", 2, 2)
-        words = _text(text)
+        words = token_files.text(text)
         ids = np.array(self.model.tokenizer.encode(words, special=False))
         scored = self._score(
             evaluate.rows(ids, start=0, count=rows, length=seq_len), "bfloat16", 256, 8, "scoring text", progress
@@ -217,14 +231,14 @@ class Trial:
             progress: called with a description, what is done and what there is to do.
         """
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        ids = self._read(tokens)
+        ids = token_files.read(self.model, tokens)
         if ids.ndim != 1:
             raise ValueError(f"--tokens must name one long row of token ids, got an array of shape {list(ids.shape)}")
         chosen = evaluate.rows(ids, start=start, count=rows, length=seq_len)
         scored = self._score(chosen, dtype, chunk, batch, "scoring text", progress)
         found = None
         if needle_file is not None:
-            hidden = self._read(needle_file)
+            hidden = token_files.read(self.model, needle_file)
             if hidden.ndim != 2:
                 raise ValueError(f"--needles must name rows of token ids, got an array of shape {list(hidden.shape)}")
             found = self._retrieve(hidden[:needle_rows].astype(np.int64), dtype, chunk, batch, progress)
@@ -257,30 +271,14 @@ class Trial:
         scores, *_ = self._score(rows, dtype, chunk, batch, "asking for pass keys", progress)
         return scores.retrieval(marked)
 
-    def _read(self, source: str | None) -> Int[np.ndarray, "*rows tokens"]:
-        """Read `FILE[:NAME]`: token ids from .npy or .npz, or text."""
-        if source is None:
-            return np.array(self.model.tokenizer.encode(_text(None), special=False))
-        path, _, name = source.rpartition(":") if ".npz:" in source else (source, "", "")
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        if path.endswith(".npz"):
-            with np.load(path, allow_pickle=False) as members:
-                if name not in members:
-                    raise ValueError(f"{path} has the members {', '.join(members)}; name one as {path}:NAME")
-                ids = members[name]
-        elif path.endswith(".npy"):
-            ids = np.load(path, allow_pickle=False)
-        else:
-            ids = np.array(self.model.tokenizer.encode(_text(Path(path)), special=False))
-        if not np.issubdtype(ids.dtype, np.integer) or not ids.size or ids.min() < 0:
-            raise ValueError(f"{source} must hold token ids, got {ids.dtype} of shape {list(ids.shape)}")
-        return ids.astype(np.int64)
 
-
-def _text(path: Path | None) -> str:
-    path = SMALL / "held_out.txt" if path is None else path
-    return path.read_text(encoding="utf-8", errors="replace")
+def _setting(model: models.Model, method: str, sinks: int, window: int) -> str:
+    a = model.architecture
+    name = "the small model in the package" if model.folder == SMALL else model.folder.name
+    return (
+        f"{name}, {a.layers} layers, {a.kv_heads} kv heads of {a.dim}; {method}, {sinks} sinks, window {window}; "
+        f"{jax.devices()[0].device_kind}"
+    )
 
 
 def _report(

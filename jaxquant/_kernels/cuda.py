@@ -18,7 +18,7 @@ from jaxquant._kernels import nvrtc
 from jaxquant._kernels.xla import Partial, Rule
 from jaxquant._stacks import Index, Stack
 from jaxquant.protocols import Quantizer
-from jaxquant.quantizers import Quantized, Scalar
+from jaxquant.quantizers import PerLayer, Quantized, Scalar
 from jaxquant.rotations import Hadamard, Identity
 
 _TILE = 32
@@ -48,7 +48,7 @@ def unsupported(stack: Stack, heads: int, rule: Rule) -> str | None:
     return None
 
 
-def unreadable(quantizer: Quantizer) -> str | None:
+def unreadable(quantizer: Quantizer | PerLayer) -> str | None:
     """Say why codes of a quantizer cannot be read by these kernels, or return None where they can."""
     if not isinstance(quantizer, Scalar):
         return f"are held by {type(quantizer).__name__}, not by quantizers.Scalar"
@@ -85,7 +85,7 @@ def coded(
         The output in q's dtype, [batch, kv_heads, heads / kv_heads, dim], and its log-sum-exp.
     """
     return attend(
-        (stack.keys.quantizer, stack.values.quantizer),
+        (stack.keys.at(index), stack.values.at(index)),
         (stack.keys.codes, stack.values.codes),
         *(q, layer, length, exact_from, rule),
         index=index,

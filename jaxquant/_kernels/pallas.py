@@ -12,7 +12,7 @@ from jaxquant._kernels import pallas_step, pallas_tpu, pallas_triton, xla
 from jaxquant._kernels.pallas_step import Code, Operand, Operands, Setting
 from jaxquant._stacks import Index, Stack
 from jaxquant.protocols import Quantizer
-from jaxquant.quantizers import Quantized, Scalar
+from jaxquant.quantizers import PerLayer, Quantized, Scalar
 
 Grid = Literal["triton", "tpu"]
 
@@ -29,7 +29,7 @@ def supports(stack: Stack) -> str | None:
     return None
 
 
-def unreadable(quantizer: Quantizer, code: Any) -> str | None:
+def unreadable(quantizer: Quantizer | PerLayer, code: Any) -> str | None:
     """Say why codes cannot be read by these kernels; None if they can."""
     if not isinstance(quantizer, Scalar) or not isinstance(code, Quantized):
         return f"are coded by {type(quantizer).__name__}, not Scalar"
@@ -72,7 +72,7 @@ def coded(
     if why is not None:
         raise ValueError(f"Pallas kernels cannot read this cache: {why}")
     return attend(
-        (stack.keys.quantizer, stack.values.quantizer),
+        (stack.keys.at(index), stack.values.at(index)),
         (stack.keys.codes, stack.values.codes),
         *(q, position, exact_from, rule),
         layer=index,

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxquant._stacks import Index, Stack, Store
+from jaxquant.protocols import Quantizer
 
 BLOCK = 512  # tokens decoded at a time: the only part of the cache that ever exists in float32
 
@@ -47,15 +48,16 @@ def coded(
     reads from the exact window is left out for that row.
     """
     block = min(BLOCK, stack.slots)
-    projected = stack.keys.quantizer.project(q * rule.scale)
-    width = jax.eval_shape(lambda store: _expand(store, index, 0, block), stack.values).shape[-1]
+    keys, values = stack.keys.at(index), stack.values.at(index)
+    projected = keys.project(q * rule.scale)
+    width = jax.eval_shape(lambda store: _expand(values, store, index, 0, block), stack.values).shape[-1]
     rows = projected.shape[:-1]
 
     def body(i: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, acc = carry
         start = jnp.minimum(i * block, stack.slots - block)
         token = start + jnp.arange(block, dtype=jnp.int32) + stack.sinks
-        scores = _cap(_scores(projected, _expand(stack.keys, index, start, block)), rule.soft_cap)
+        scores = _cap(_scores(projected, _expand(keys, stack.keys, index, start, block)), rule.soft_cap)
         seen = _sees(position, token, rule, start + stack.sinks)
         in_window = token > (position[:, :, None] - stack.window)
         seen &= ~in_window | (token < exact_from[:, None, None])
@@ -66,7 +68,7 @@ def coded(
         weights = jnp.exp(scores - safe[..., None])
         decay = jnp.exp(peak - safe)
         total = total * decay + jnp.sum(weights, axis=-1)
-        acc = acc * decay[..., None] + _mix(weights, _expand(stack.values, index, start, block))
+        acc = acc * decay[..., None] + _mix(weights, _expand(values, stack.values, index, start, block))
         return new_peak, total, acc
 
     stop = jnp.clip(jnp.max(position) + 1 - stack.sinks, 0, stack.slots)
@@ -80,7 +82,7 @@ def coded(
         jnp.zeros((*rows, width), jnp.float32),
     )
     peak, total, acc = lax.fori_loop(first, -(-stop // block), body, start)
-    return _normalize(peak, total, stack.values.quantizer.restore(acc))
+    return _normalize(peak, total, values.restore(acc))
 
 
 def exact(
@@ -125,13 +127,15 @@ def merge(parts: list[Partial]) -> Partial:
     return Partial(sum(w[..., None] * part.out for w, part in zip(weights, parts, strict=True)), lse)  # pyright: ignore
 
 
-def _expand(store: Store, index: Index, start: Index, block: int) -> Float[Array, "batch kv_heads block width"]:
+def _expand(
+    quantizer: Quantizer, store: Store, index: Index, start: Index, block: int
+) -> Float[Array, "batch kv_heads block width"]:
     def cut(leaf: Array) -> Array:
         begin = (index, 0, 0, start, *(0,) * (leaf.ndim - 4))
         begin = tuple(jnp.asarray(i, jnp.int32) for i in begin)
         return lax.dynamic_slice(leaf, begin, (1, *leaf.shape[1:3], block, *leaf.shape[4:]))[0]
 
-    return store.quantizer.expand(jax.tree.map(cut, store.codes))
+    return quantizer.expand(jax.tree.map(cut, store.codes))
 
 
 def _scores(q: Array, k: Array) -> Float[Array, "batch kv_heads rows tokens"]:

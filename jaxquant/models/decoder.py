@@ -3,7 +3,7 @@
 Submodules carry the names of the tensors in Hugging Face folders, so that loading is a walk over the module.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from jaxquant.cache import KVCache
 from jaxquant.models.architecture import Architecture
 from jaxquant.models.rope import Rope, rotate
 from jaxquant.protocols import Quantizer
+
+Tap = Callable[[int, Array, Array, Array], tuple[Array, Array, Array]]
+"""Sees, and may replace, what attention reads: layer, queries, keys and values, [batch, new, heads, dim] each."""
 
 
 class Norm(nnx.Module):
@@ -106,6 +109,7 @@ class Attention(nnx.Module):
         positions: Int[Array, "batch new"],
         cache: KVCache | None,
         mask: Bool[Array, "batch new"] | None,
+        tap: Tap | None = None,
     ) -> tuple[Float[Array, "batch new hidden"], KVCache | None]:
         """Append the keys and values of `x` to the cache, if there is one, and attend."""
         batch, new, _ = x.shape
@@ -115,6 +119,8 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
+        if tap is not None:
+            q, k, v = tap(self.layer, q, k, v)
         if cache is None:
             out = causal_attention(q, k, v, mask=mask, scale=self.scale, window=self.window)
         elif new == 1:
@@ -170,9 +176,10 @@ class Layer(nnx.Module):
         positions: Int[Array, "batch new"],
         cache: KVCache | None,
         mask: Bool[Array, "batch new"] | None,
+        tap: Tap | None = None,
     ) -> tuple[Float[Array, "batch new hidden"], KVCache | None]:
         """Add both blocks to the residual stream."""
-        attended, cache = self.self_attn(self.input_layernorm(x), positions, cache, mask)
+        attended, cache = self.self_attn(self.input_layernorm(x), positions, cache, mask, tap)
         if self.pre_feedforward_layernorm is not None and self.post_feedforward_layernorm is not None:
             x = x + self.post_attention_layernorm(attended)
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), cache
@@ -210,9 +217,10 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         *,
         mask: Bool[Array, "batch new"] | None = None,
+        tap: Tap | None = None,
     ) -> tuple[Float[Array, "batch new vocabulary"], KVCache | None]:
         """Return the logits of every position; see `hidden` for the arguments."""
-        hidden, cache = self.hidden(tokens, cache, mask=mask)
+        hidden, cache = self.hidden(tokens, cache, mask=mask, tap=tap)
         return self.logits(hidden), cache
 
     def hidden(
@@ -221,6 +229,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         *,
         mask: Bool[Array, "batch new"] | None = None,
+        tap: Tap | None = None,
     ) -> tuple[Float[Array, "batch new hidden"], KVCache | None]:
         """Run the layers and the last norm, without the projection to the vocabulary.
 
@@ -228,6 +237,8 @@ class Decoder(nnx.Module):
             tokens: the next tokens of every row.
             cache: what came before, to be extended; None attends over `tokens` alone.
             mask: False marks padding, left or right: it takes no position, is not stored and is not seen.
+            tap: called in every layer with the queries, keys and values, after their rotation; what it returns is what
+                is stored and attended to. For calibration.
 
         Returns:
             Hidden states, and the extended cache.
@@ -241,7 +252,7 @@ class Decoder(nnx.Module):
             rank = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         positions = held[:, None] + rank
         for layer in self.layers:
-            x, cache = layer(x, positions, cache, mask)
+            x, cache = layer(x, positions, cache, mask, tap)
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "batch new hidden"]) -> Float[Array, "batch new vocabulary"]:
@@ -256,8 +267,8 @@ class Decoder(nnx.Module):
 
     def init_cache(
         self,
-        keys: Quantizer,
-        values: Quantizer,
+        keys: Quantizer | Sequence[Quantizer],
+        values: Quantizer | Sequence[Quantizer],
         *,
         batch: int,
         capacity: int,
@@ -269,8 +280,8 @@ class Decoder(nnx.Module):
         """Make an empty cache with this decoder's layers and heads.
 
         Args:
-            keys: quantizer of the keys.
-            values: quantizer of the values.
+            keys: quantizer of the keys, or one for each layer.
+            values: quantizer of the values, or one for each layer.
             batch: rows.
             capacity: tokens a row can hold.
             sinks: first tokens kept exact.

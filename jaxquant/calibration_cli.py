@@ -1,0 +1,94 @@
+"""`jaxquant calibrate` and `jaxquant convert`."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxquant import _console
+from jaxquant._console import Json, ModelDir, out
+
+
+def calibrate(
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
+    model: ModelDir = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="FILE[:NAME]: .npy, member of .npz, or a text file; default: held-out text.")
+    ] = None,
+    start: Annotated[int, typer.Option(min=0, help="First token.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of text.")] = 6,
+    seq_len: Annotated[
+        int | None,
+        typer.Option("--seq-len", min=64, help="Tokens of a row; default: the model's context, 4096 at most."),
+    ] = None,
+    retrieval: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the rows in which pass keys are hidden and asked for.")
+    ] = 0.5,
+    bits: Annotated[
+        float, typer.Option(help="Mean bits per coordinate of keys and values, everything included.")
+    ] = 2.5,
+    group: Annotated[int, typer.Option(help="Neighbouring coordinates of one width, a multiple of 8.")] = 8,
+    layer_groups: Annotated[
+        int | None, typer.Option(min=1, help="Runs of layers with one template each; default: one for each layer.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of pass keys and labels.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="Folder for pictures; needs the extra `plot`.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on a few thousand tokens, and write quantizers of its keys and values that fit it."""
+    from jaxquant import models, token_files
+    from jaxquant.calibrate import files, make
+
+    began = time.perf_counter()
+    found = models.load(model)
+    ids = token_files.read(found, tokens)
+    with _console.bar() as bar:
+        step = _console.advance(bar)
+        measured = make.measure(
+            found, ids, start=start, rows=rows, seq_len=seq_len, retrieval=retrieval, seed=seed, progress=step
+        )
+        candidates = make.candidates(measured, progress=step)
+        made = make.choose(found, measured, candidates, bits=bits, group=group, layer_groups=layer_groups)
+        files.write(output, made)
+        if report is not None:
+            from jaxquant.calibrate import pictures
+
+            pictures.write(report, candidates, made)
+    summary = {
+        "file": str(output),
+        "bytes": output.stat().st_size,
+        "bits": made.bits,
+        "key_bits": [8 * half.bytes_per_vector / half.dim for half in made.keys],
+        "value_bits": [8 * half.bytes_per_vector / half.dim for half in made.values],
+        "predicted_kl": made.setting["predicted_kl"],
+        "tokens": measured.statistics.tokens,
+        "seconds": time.perf_counter() - began,
+    }
+    if as_json:
+        return _console.print_json(summary)
+    shown = {name: [f"{x:.2f}" for x in value] if isinstance(value, list) else value for name, value in summary.items()}
+    _console.show(shown, False, title="calibration")
+
+
+def convert(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make.")],
+    calibration: Annotated[Path, typer.Option(help="File that `jaxquant calibrate` made for this model.")],
+    model: ModelDir = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model with the basis of its values in its weights: the same logits, nothing to multiply at run time."""
+    from jaxquant import models
+    from jaxquant.calibrate import absorb, files
+
+    found = models.load(model, dtype="float32")
+    changed, made = absorb.absorb(found, files.read(calibration))
+    absorb.write_folder(changed, made, output)
+    report = {
+        "folder": str(output),
+        "calibration": str(output / "calibration.safetensors"),
+        "largest_logit_difference": absorb.difference(found, changed),
+    }
+    if as_json:
+        return _console.print_json(report)
+    out.print(f"{output}: logits differ by {report['largest_logit_difference']:.1e} of the largest", highlight=False)

@@ -1,0 +1,36 @@
+"""Token ids from files: arrays of ids, or text."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxquant import models
+from jaxquant.models.loading import SMALL
+
+
+def read(model: models.Model, source: str | None) -> Int[np.ndarray, "*rows tokens"]:
+    """Read `FILE[:NAME]`: token ids from .npy or .npz, or text."""
+    if source is None:
+        return np.array(model.tokenizer.encode(text(None), special=False))
+    path, _, name = source.rpartition(":") if ".npz:" in source else (source, "", "")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.endswith(".npz"):
+        with np.load(path, allow_pickle=False) as members:
+            if name not in members:
+                raise ValueError(f"{path} has the members {', '.join(members)}; name one as {path}:NAME")
+            ids = members[name]
+    elif path.endswith(".npy"):
+        ids = np.load(path, allow_pickle=False)
+    else:
+        ids = np.array(model.tokenizer.encode(text(Path(path)), special=False))
+    if not np.issubdtype(ids.dtype, np.integer) or not ids.size or ids.min() < 0:
+        raise ValueError(f"{source} must hold token ids, got {ids.dtype} of shape {list(ids.shape)}")
+    return ids.astype(np.int64)
+
+
+def text(path: Path | None) -> str:
+    """Read a text file; None for the held-out text in the package."""
+    path = SMALL / "held_out.txt" if path is None else path
+    return path.read_text(encoding="utf-8", errors="replace")

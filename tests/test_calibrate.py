@@ -1,0 +1,328 @@
+"""Calibration on a tiny random decoder: every sum against NumPy in float64, every optimum against brute force."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxquant import codebooks, quantizers
+from jaxquant.calibrate import allocation, bases, fisher, fit, levels, search, sensitivity, statistics, text
+from jaxquant.methods import turboquant
+from jaxquant.models.architecture import from_config
+from jaxquant.models.decoder import Decoder
+
+DIM, HEADS, KV_HEADS, LAYERS, VOCABULARY = 16, 4, 2, 2, 64
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    config = {
+        "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "head_dim": DIM,
+        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "num_hidden_layers": LAYERS,
+    }  # fmt: skip
+    return Decoder(from_config(config), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(1).integers(0, VOCABULARY, (5, 24))
+
+
+def attended(decoder, tokens):
+    """Queries, keys and values that attention reads, [rows, layers, heads, tokens, dim], in float64."""
+    rows = []
+    for row in tokens:
+        seen = []
+
+        def tap(layer, q, k, v, seen=seen):
+            seen.append([np.asarray(jnp.swapaxes(x[0], 0, 1), np.float64) for x in (q, k, v)])
+            return q, k, v
+
+        decoder.hidden(jnp.asarray(row[None]), tap=tap)
+        rows.append([np.stack([layer[i] for layer in seen]) for i in range(3)])
+    return [np.stack([row[i] for row in rows]) for i in range(3)]
+
+
+def close(found, expected, rtol=2e-5):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=rtol * np.abs(expected).max())
+
+
+def test_statistics_equal_numpy(decoder, tokens):
+    found = statistics.collect(decoder, tokens, batch=2, samples=40)
+    q, k, v = attended(decoder, tokens)
+    group = HEADS // KV_HEADS
+    outer = lambda x: np.einsum("rlhtd,rlhte->lhde", x, x)  # noqa: E731
+    close(found.keys, k.sum((0, 3)))
+    close(found.value_moments, outer(v))
+    close(found.key_moments, outer(k))
+    grouped = q.reshape(*q.shape[:2], KV_HEADS, group, *q.shape[3:])
+    close(found.query_moments, np.einsum("rlhgtd,rlhgte->lhde", grouped, grouped))
+    scores = np.einsum("rlhgqd,rlhtd->rlhgqt", grouped, k) * DIM**-0.5
+    scores = np.where(np.tril(np.ones((24, 24), bool)), scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    close(found.importance, (p**2).sum((0, 3, 4, 5)))
+    close(found.weighted_values, np.einsum("rlht,rlhtd,rlhte->lhde", (p**2).sum((3, 4)), v, v))
+    close(found.attention, p.sum((0, 3, 4))[..., :16])
+    kernels = [np.asarray(layer.self_attn.o_proj.kernel[...], np.float64) for layer in decoder.layers]
+    output = np.stack(kernels).reshape(LAYERS, KV_HEADS, group, DIM, 32)
+    out = np.einsum("rlhgqt,rlhtd->rlhgqd", p, v)
+    apart = np.einsum("rlhgqtd,lhgdn->rlhgqtn", v[:, :, :, None, None] - out[..., None, :], output)
+    importance = np.einsum("rlhgqt,rlhgqtn->rlhgq", p**2, apart**2)
+    close(found.weighted_queries, np.einsum("rlhgq,rlhgqd,rlhgqe->lhde", importance, grouped, grouped), 1e-4)
+    close(found.key_covariance[1, 0], np.cov(k[:, 1, 0].reshape(-1, DIM).T, bias=True))
+    for wrong in (outer(v), found.key_moments[:, ::-1]):
+        with pytest.raises(AssertionError):
+            close(wrong, outer(k))
+    assert found.key_samples.shape == (LAYERS, KV_HEADS, 5 * 8, DIM)
+    close(found.key_samples, np.moveaxis(k[:, :, :, 1::3], 0, 2).reshape(LAYERS, KV_HEADS, -1, DIM))
+
+
+def test_statistics_do_not_depend_on_batches_and_continue(decoder, tokens, tmp_path):
+    whole = statistics.collect(decoder, tokens, batch=5)
+    for batch in (1, 2):
+        jax.tree.map(np.testing.assert_array_equal, vars(statistics.collect(decoder, tokens, batch=batch)), vars(whole))
+    done = []
+    part = statistics.collect(decoder, tokens[:2], batch=1, progress=lambda *at: done.append(at), samples=10**9)
+    part.save(tmp_path / "part")
+    more = statistics.collect(decoder, tokens[2:], start=statistics.Statistics.load(tmp_path / "part"), samples=10**9)
+    jax.tree.map(np.testing.assert_array_equal, vars(more), vars(whole))
+    assert done == [(1, 2), (2, 2)]
+    with pytest.raises(AssertionError):
+        jax.tree.map(np.testing.assert_array_equal, vars(part), vars(whole))
+    (tmp_path / "bad").write_bytes((tmp_path / "part").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        statistics.Statistics.load(tmp_path / "bad")
+
+
+def test_gradients_equal_finite_differences(decoder, tokens):
+    row = jnp.asarray(tokens[0], jnp.int32)
+    labels = jnp.append(row[1:], -1)
+    shape = (LAYERS, 24, KV_HEADS, DIM)
+
+    def loss(changes):
+        return fisher.loss(decoder, row, labels, jax.random.key(0), 1.0, changes)
+
+    gradients = jax.grad(loss)((jnp.zeros(shape), jnp.zeros(shape)))
+    value = jax.jit(loss)
+    for half in range(2):
+        direction = jax.random.normal(jax.random.key(half + 1), shape)
+        direction /= jnp.linalg.norm(direction)
+
+        def along(size, half=half, direction=direction):
+            changes = [jnp.zeros(shape), jnp.zeros(shape)]
+            changes[half] = size * direction
+            return float(value(tuple(changes)))
+
+        step = 0.05
+        slope = (8 * (along(step) - along(-step)) - (along(2 * step) - along(-2 * step))) / (12 * step)
+        size = float(jnp.linalg.norm(gradients[half]))
+        rounding = 4 * float(np.finfo(np.float32).eps) * along(0.0) / step  # of the two differences
+        assert abs(float(jnp.vdot(gradients[half], direction)) - slope) < rounding + 1e-3 * size
+        assert abs(float(jnp.vdot(gradients[1 - half], direction)) - slope) > rounding + 1e-3 * size
+
+
+def test_information_is_the_second_moment_of_gradients_and_the_curvature_of_kl(decoder, tokens):
+    row = jnp.asarray(tokens[0], jnp.int32)
+    zeros = (jnp.zeros((LAYERS, 24, KV_HEADS, DIM)),) * 2
+    labels = jnp.append(row[1:], -1)
+    expected = jax.grad(lambda x: fisher.loss(decoder, row, labels, jax.random.key(0), 1.0, x))(zeros)
+    found = fisher.collect(jax.random.key(0), decoder, tokens[:1], labels="text")
+    close(found.keys, np.einsum("lthd,lthe->lhde", expected[0], expected[0]) / 24)
+    with pytest.raises(AssertionError):
+        close(found.keys, found.values)
+
+    # E[e^T F e] / 2 over independent errors e is what they add to the KL divergence.
+    information = fisher.collect(jax.random.key(3), decoder, np.repeat(tokens[:1], 400, axis=0))
+    exact = jax.nn.log_softmax(decoder(row[None])[0][0])
+    size = 0.02
+
+    @jax.jit
+    def divergence(key):
+        noise = size * jax.random.normal(key, (LAYERS, *zeros[0].shape[1:]))
+        logits = decoder(row[None], tap=lambda layer, q, k, v: (q, k, v + noise[layer]))[0][0]
+        return jnp.mean(jnp.sum(jnp.exp(exact) * (exact - jax.nn.log_softmax(logits)), axis=-1))
+
+    measured = float(jnp.mean(jax.lax.map(divergence, jax.random.split(jax.random.key(4), 200))))
+    predicted = [size**2 * float(np.trace(half.sum((0, 1)))) / 2 for half in (information.values, information.keys)]
+    assert predicted[0] == pytest.approx(measured, rel=0.1)
+    assert predicted[1] != pytest.approx(measured, rel=0.1)
+
+
+def random_covariance(generator, dim=8):
+    x = generator.normal(size=(dim, dim)) * generator.random(dim) ** 2
+    return x @ x.T + 1e-3 * np.eye(dim)
+
+
+def test_the_basis_diagonalizes_both_and_no_other_spends_less():
+    generator = np.random.default_rng(0)
+    covariance, metric = random_covariance(generator), random_covariance(generator)
+    basis = bases.karhunen_loeve(covariance, metric)
+    np.testing.assert_allclose(basis.analysis @ covariance @ basis.analysis.T, np.eye(8), atol=1e-6)
+    np.testing.assert_allclose(basis.synthesis @ metric @ basis.synthesis.T, np.diag(basis.worth), atol=1e-6)
+    np.testing.assert_allclose(basis.synthesis.T @ basis.analysis, np.eye(8), atol=1e-8)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(basis.analysis.T @ covariance @ basis.analysis, np.eye(8), atol=1e-6)
+    assert (np.diff(basis.worth) <= 0).all()
+    best = np.sum(np.log(basis.worth))  # of the high-rate loss at equal rate, up to constants
+    for _ in range(20):
+        turn = np.linalg.qr(generator.normal(size=(8, 8)))[0]
+        inverse = np.linalg.inv(turn @ basis.analysis)
+        other = np.log(np.diag(turn @ turn.T)) + np.log(np.diag(inverse.T @ metric @ inverse))
+        assert np.sum(other) > best
+    with pytest.raises(ValueError, match="metric must be finite and positive"):
+        bases.karhunen_loeve(covariance, np.full((8, 8), np.nan))
+    with pytest.raises(ValueError, match="share must be from 0 to 1"):
+        bases.shrunk(metric, 1.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(2, 4))
+def test_exact_allocation_equals_brute_force(seed, items, choices):
+    generator = np.random.default_rng(seed)
+    losses, costs = generator.random((items, choices)), np.sort(generator.integers(0, 6, (items, choices)), axis=1)
+    budget = int(costs[:, 0].sum() + generator.integers(0, 12))
+    chosen = allocation.exact(losses, costs, budget)
+    index = np.arange(items)
+    spent, loss = costs[index, chosen].sum(), losses[index, chosen].sum()
+    every = [
+        losses[index, list(c)].sum() for c in itertools.product(range(choices), repeat=items)
+        if costs[index, list(c)].sum() <= budget
+    ]  # fmt: skip
+    assert spent <= budget
+    assert loss == pytest.approx(min(every))
+    cheap = allocation.greedy(losses, costs, budget)
+    assert costs[index, cheap].sum() <= budget
+    assert losses[index, cheap].sum() >= loss - 1e-12
+
+
+def test_allocation_refuses_what_cannot_be():
+    with pytest.raises(ValueError, match="budget must be at least 2"):
+        allocation.exact(np.zeros((1, 2)), np.array([[2, 3]]), 1)
+    with pytest.raises(ValueError, match="whole numbers from 0"):
+        allocation.greedy(np.zeros((1, 2)), np.array([[-1, 1]]), 1)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_fitted_levels_reach_the_theory_and_use_their_weights(bits):
+    generator = np.random.default_rng(bits)
+    samples = generator.normal(size=(20_000, 2)) * [1.0, 3.0]
+    ((found, error),) = levels.fit(samples, np.ones(20_000), [bits])
+    theory = codebooks.distortion(codebooks.lloyd_max(bits))
+    np.testing.assert_allclose(error, theory * np.array([1.0, 9.0]), rtol=0.03)
+    np.testing.assert_allclose(found[1], 3 * levels.normal(bits), atol=0.35)
+    # Weights that turn the unit normal into one of variance 1/4.
+    weights = np.exp(-1.5 * samples[:, 0] ** 2)
+    ((_, weighted),) = levels.fit(samples[:, :1], weights, [bits])
+    np.testing.assert_allclose(weighted, theory / 4, rtol=0.05)
+    assert abs(weighted[0] / error[0] - 1) > 0.5
+
+
+def test_searches_reach_lloyd_max_and_never_lose_to_their_start():
+    best = np.asarray(codebooks.lloyd_max(2).centroids, np.float64)
+    least = codebooks.distortion(codebooks.lloyd_max(2))
+
+    def exact(x):
+        return codebooks.distortion(codebooks.Codebook(centroids=jnp.asarray(x, jnp.float32)))
+
+    generator = np.random.default_rng(0)
+    poor = np.array([-2.5, -0.2, 0.9, 1.2])
+    found, error = search.evolve(generator, exact, poor, sigma=0.3)
+    assert error == pytest.approx(least, rel=1e-3)
+    assert exact(poor) > 1.2 * least
+    np.testing.assert_allclose(found, best, atol=0.05)
+    kept, error = search.evolve(generator, exact, best, generations=5)
+    assert error <= least * (1 + 1e-9)
+    assert exact(kept) == pytest.approx(error)
+
+    samples, weights = generator.normal(size=4000), np.ones(4000)
+    _, error = search.fuzzy(samples, weights, poor)
+    assert error == pytest.approx(least, rel=0.06)
+    start = levels.fit(samples[:, None], weights, [2])[0][0][0]
+    floor = float(np.mean(np.min((samples[:, None] - start) ** 2, axis=1)))
+    assert search.fuzzy(samples, weights, start)[1] <= floor * (1 + 1e-9)
+    assert search.fuzzy(samples, weights, start, rounds=1, fuzziness=8.0)[0].tolist() == start.tolist()
+
+
+def halves(decoder, tokens, **kwargs):
+    found = statistics.collect(decoder, tokens)
+    information = fisher.collect(jax.random.key(0), decoder, tokens)
+    out = []
+    for half in ("key", "value"):
+        metric = bases.shrunk(getattr(information, half + "s"), 0.1)
+        basis = bases.karhunen_loeve(bases.shrunk(getattr(found, f"{half}_covariance"), 0.01), metric)
+        mean = getattr(found, half + "s") / found.tokens
+        out.append(fit.fit(basis, mean, getattr(found, f"{half}_samples"), **kwargs))
+    return found, information, out
+
+
+def test_a_budget_is_spent_and_buys_less_loss(decoder, tokens):
+    found, information, fitted = halves(decoder, tokens)
+    last = math.inf
+    for budget in (1.5, 2.5, 4.0):
+        bits = fit.allocate(fitted, budget=budget, layer_groups=[[0], [1]])
+        built = [fit.build(half, b) for half, b in zip(fitted, bits, strict=True)]
+        spent = np.mean([8 * q.bytes_per_vector / DIM for half in built for q in half])
+        assert budget - 8 * 8 / (2 * LAYERS * DIM) <= spent <= budget
+        loss = sum(
+            sensitivity.predicted(q, getattr(found, f"{name}_samples")[layer], getattr(information, name + "s")[layer])
+            for name, half in zip(("key", "value"), built, strict=True) for layer, q in enumerate(half)
+        )  # fmt: skip
+        assert loss < last
+        last = loss
+    shared = fit.allocate(fitted, budget=2.5, layer_groups=[[0, 1]])
+    assert all((half[0] == half[1]).all() for half in shared)
+    with pytest.raises(ValueError, match="layer_groups must hold each of 2 layers once"):
+        fit.allocate(fitted, budget=2.5, layer_groups=[[0]])
+    with pytest.raises(ValueError, match="group must be a multiple of 8"):
+        fit.allocate(fitted, budget=2.5, group=5, layer_groups=[[0, 1]])
+
+
+def test_calibrated_codes_lose_less_than_oblivious_ones(decoder, tokens):
+    found, information, fitted = halves(decoder, tokens)
+    bits = fit.allocate(fitted, budget=2.5, layer_groups=[[0], [1]])
+    built = [fit.build(half, b) for half, b in zip(fitted, bits, strict=True)]
+    plain = turboquant.kv(jax.random.key(0), dim=DIM, bits_k=2, bits_v=2)
+    ours, theirs = (
+        sum(
+            sensitivity.predicted(q, getattr(found, f"{name}_samples")[layer], getattr(information, name + "s")[layer])
+            for layer in range(LAYERS) for q, name in ((pair[0][layer], "key"), (pair[1][layer], "value"))
+        )
+        for pair in (built, ([plain[0]] * LAYERS, [plain[1]] * LAYERS))
+    )  # fmt: skip
+    assert 8 * quantizers.quantize(plain[0], jnp.ones(DIM)).nbytes / DIM > 2.5
+    assert ours < 0.6 * theirs
+
+
+def test_the_measured_loss_is_of_the_layer_that_was_compressed(decoder, tokens):
+    exact = quantizers.Exact(dim=DIM, dtype="float32")
+    coarse = turboquant.mse(jax.random.key(0), dim=DIM, bits=2)
+    found = sensitivity.measured(decoder, tokens[:2], [exact, coarse], [exact, exact])
+    assert found[1, 0] > 1e-6
+    assert np.abs(np.delete(found.reshape(-1), 2)).max() < 1e-6 * max(1.0, found[1, 0] / 1e-6)
+
+
+class Characters:
+    """One token a character."""
+
+    def encode(self, text, *, special=True):
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def test_calibration_text_has_its_share_of_questions():
+    ids = Characters().encode("x = 1; y = 2\n" * 3000)
+    rows = text.rows(np.random.default_rng(0), ids, Characters(), count=8, length=1024, retrieval=0.25, keys=2)
+    asking = ["Answer:" in Characters().decode(row) for row in rows]
+    assert asking == [False] * 6 + [True] * 2
+    assert rows[:6].reshape(-1).tolist() == ids[: 6 * 1024]
+    with pytest.raises(ValueError, match="retrieval must be a share"):
+        text.rows(np.random.default_rng(0), ids, Characters(), count=8, length=1024, retrieval=2.0)

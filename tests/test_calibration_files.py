@@ -1,0 +1,234 @@
+"""The calibration file against hostile input, the absorbed basis against the original model, and both verbs."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from jaxquant import cli, models, quantizers
+from jaxquant.calibrate import absorb, files, make
+from jaxquant.models.loading import SMALL
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.load(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def measured(model):
+    ids = np.array(model.tokenizer.encode((SMALL / "held_out.txt").read_text(encoding="utf-8")[:20_000]))
+    return make.measure(model, ids, rows=4, seq_len=256)
+
+
+@pytest.fixture(scope="module")
+def found(measured):
+    return make.candidates(measured)
+
+
+@pytest.fixture(scope="module")
+def made(model, measured, found):
+    return make.choose(model, measured, found, bits=2.5)
+
+
+def same(first, second):
+    assert (first.fingerprint, first.setting) == (second.fingerprint, second.setting)
+    for mine, theirs in zip((*first.keys, *first.values), (*second.keys, *second.values), strict=True):
+        assert (mine.widths, mine.dim, mine.rule) == (theirs.widths, theirs.dim, theirs.rule)
+        for field in ("mean", "analysis", "synthesis", "weights"):
+            np.testing.assert_array_equal(getattr(mine, field), getattr(theirs, field))
+        for a, b in zip(mine.levels, theirs.levels, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_files_come_back_and_know_their_model(model, made, tmp_path):
+    files.write(tmp_path / "c", made)
+    again = files.read(tmp_path / "c")
+    same(again, made)
+    again.check(model)
+    swapped = dataclasses.replace(made, keys=made.values, values=made.keys)
+    with pytest.raises(AssertionError):
+        same(again, swapped)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert made.bits <= 2.5 < made.bits + 0.02
+    assert made.setting["predicted_kl"] > 0
+
+
+def test_another_model_is_refused(model, made):
+    weight = model.decoder.layers[2].mlp.up_proj.kernel
+    kept = weight[...]
+    try:
+        weight[...] = kept * 1.01
+        with pytest.raises(ValueError, match="same shape with other weights"):
+            made.check(model)
+    finally:
+        weight[...] = kept
+    made.check(model)
+    short = dataclasses.replace(made, keys=made.keys[:2], values=made.values[:2])
+    with pytest.raises(ValueError, match="is for 2 layers of 2 kv heads of 64; the model has 5 of 2 of 64"):
+        short.check(model)
+
+
+def changed(path, made, *, record=None, arrays=None):
+    """Write a file whose description or tensors were tampered with."""
+    files.write(path, made)
+    with safe_open(path, framework="numpy") as file:
+        described = json.loads(file.metadata()[files.KEY])
+    tensors = load_file(path)
+    if record:
+        record(described)
+    if arrays:
+        arrays(tensors)
+    save_file(tensors, path, metadata={files.KEY: json.dumps(described)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(version=2), "calibration of version 2"),
+        (lambda r: r.update(dim=10**9), "dim is 1000000000"),
+        (lambda r: r.update(layers=True), "layers is True"),
+        (lambda r: r.update(kv_heads=3), "not float32 \\[3, 64\\]"),
+        (lambda r: r.update(templates=[]), "no template for each"),
+        (lambda r: r.pop("fingerprint"), "no fingerprint"),
+        (lambda r: r["templates"][1].pop("values"), "template of the values of layer 1"),
+        (lambda r: r["templates"][0]["keys"].update(widths=[[2, 10**6]]), "template of the keys of layer 0"),
+        (lambda r: r["templates"][0]["keys"].update(widths=[[9, 8]]), "template of the keys of layer 0"),
+        (lambda r: r["templates"][0]["keys"].update(widths=[[2, 8]]), "0.keys"),
+        (lambda r: r["templates"][0]["keys"].update(rule="x"), "template of the keys of layer 0"),
+        (lambda r: r["templates"][0]["keys"].update(basis=False), "nothing describes the tensor"),
+    ],
+)
+def test_a_description_that_lies_is_refused(made, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        files.read(changed(tmp_path / "c", made, record=change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("0.keys.mean"), "'0.keys.mean' is missing"),
+        (lambda t: t.update({"0.keys.mean": t["0.keys.mean"][:1]}), "0.keys.mean"),
+        (lambda t: t.update({"0.keys.mean": t["0.keys.mean"].astype(np.float64)}), "not float32"),
+        (lambda t: t.update({"3.values.weights": t["3.values.weights"] * np.nan}), "'3.values.weights' is not finite"),
+        (lambda t: t.update({"extra": np.zeros(3, np.float32)}), "nothing describes the tensor 'extra'"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(made, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        files.read(changed(tmp_path / "c", made, arrays=change))
+
+
+def test_what_is_no_calibration_is_refused(made, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        files.read(tmp_path / "none")
+    files.write(tmp_path / "c", made)
+    data = (tmp_path / "c").read_bytes()
+    for length in (0, 7, 100, len(data) // 2, len(data) - 1):
+        (tmp_path / "short").write_bytes(data[:length])
+        with pytest.raises(ValueError, match="damaged calibration"):
+            files.read(tmp_path / "short")
+    with pytest.raises(ValueError, match="not a calibration"):
+        files.read(SMALL / "model.safetensors")
+    save_file({}, tmp_path / "text", metadata={files.KEY: "{"})
+    with pytest.raises(ValueError, match="metadata is not JSON"):
+        files.read(tmp_path / "text")
+
+
+def test_the_absorbed_model_gives_the_same_logits_and_loads(model, made, tmp_path):
+    changed_model, new = absorb.absorb(model, made)
+    assert absorb.difference(model, changed_model) < 1e-4
+    assert new.values[0].analysis is None
+    with pytest.raises(ValueError, match="other weights"):
+        new.check(model)
+    with pytest.raises(ValueError, match="absorbed in the model already"):
+        absorb.absorb(changed_model, new)
+
+    # Values of the new model are the old ones in the coordinates of the code.
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, model.architecture.vocabulary, (1, 40)), jnp.int32)
+    seen = []
+
+    def tap(layer, q, k, v):
+        seen.append(np.swapaxes(np.asarray(v[0], np.float64), 0, 1))
+        return q, k, v
+
+    for each in (model, changed_model):
+        each.decoder.hidden(ids, tap=tap)
+    half = made.values[0]
+    expected = np.einsum("hid,hed->hie", seen[0], np.asarray(half.analysis, np.float64))
+    coded = seen[model.architecture.layers][..., : half.width]
+    np.testing.assert_allclose(coded, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(coded[::-1], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+    inverse = np.linalg.inv(absorb.completed(half))
+    kept = [
+        np.asarray(quantizers.dequantize(each, quantizers.quantize(each, jnp.asarray(v, jnp.float32))), np.float64)
+        for each, v in ((half, seen[0]), (new.values[0], seen[model.architecture.layers]))
+    ]
+    back = np.einsum("hie,hde->hid", kept[1], inverse)
+    alike = np.isclose(back, kept[0], rtol=0, atol=1e-4 * np.abs(kept[0]).max()).all(-1)
+    assert alike.mean() > 0.95, "rounding may decide a near tie differently, not more"
+    assert not np.isclose(kept[1], kept[0], rtol=0, atol=1e-4 * np.abs(kept[0]).max()).all(-1).any()
+
+    absorb.write_folder(changed_model, new, tmp_path / "folder")
+    loaded = models.load(tmp_path / "folder", dtype="float32")
+    assert absorb.difference(changed_model, loaded) == 0.0
+    files.read(tmp_path / "folder" / "calibration.safetensors").check(loaded)
+    with pytest.raises(ValueError, match="holds a model already"):
+        absorb.write_folder(changed_model, new, tmp_path / "folder")
+
+    wrong = dataclasses.replace(half, analysis=jnp.swapaxes(absorb.completed(half), 1, 2)[:, : half.width])
+    broken, _ = absorb.absorb(model, dataclasses.replace(made, values=(wrong, *made.values[1:])))
+    assert absorb.difference(model, broken) < 1e-3, "any invertible basis is absorbed exactly"
+
+
+def test_transformers_reads_the_absorbed_folder(model, made, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    absorb.write_folder(*absorb.absorb(model, made), tmp_path / "folder")
+    ids = np.random.default_rng(0).integers(0, model.architecture.vocabulary, (1, 40))
+    expected = np.asarray(model.decoder(jnp.asarray(ids, jnp.int32))[0])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32)
+    with torch.no_grad():
+        found = theirs(torch.tensor(ids)).logits.numpy()
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(found[:, ::-1] - expected).max() > 1e-2 * np.abs(expected).max()
+
+
+def test_a_template_for_all_layers_makes_one_stack(model, measured, found):
+    shared = make.choose(model, measured, found, bits=3.0, layer_groups=1)
+    held = model.decoder.init_cache(shared.keys, shared.values, batch=1, capacity=64)
+    assert len(held.stacks) == 1
+    assert 8 * held.bytes_per_token / (2 * model.architecture.dim) == shared.bits <= 3.0
+    with pytest.raises(ValueError, match="layer_groups must be from 1 to 5"):
+        make.choose(model, measured, found, bits=3.0, layer_groups=6)
+
+
+@pytest.mark.slow
+def test_calibrate_eval_convert(tmp_path):
+    def run(*arguments):
+        result = CliRunner().invoke(cli.app, [*arguments, "--json"])
+        if result.exception is not None:
+            raise result.exception
+        return json.loads(result.stdout)
+
+    made = run("calibrate", "--rows", "2", "--seq-len", "256", "--bits", "2.5", "-o", str(tmp_path / "c"))
+    assert made["bytes"] == (tmp_path / "c").stat().st_size
+    assert 2.4 < made["bits"] <= 2.5
+    assert made["tokens"] == 512
+    score = ["eval", "--rows", "1", "--seq-len", "96", "--start", "4000"]
+    ours = run(*score, "--calibration", str(tmp_path / "c"))
+    assert ours["compressed"]["bytes_per_token"] * 8 / 128 == made["bits"] < 2.75
+    assert ours["compressed"]["kl"] > 0
+    folder = run("convert", "--calibration", str(tmp_path / "c"), "-o", str(tmp_path / "folder"))
+    assert folder["largest_logit_difference"] < 1e-4
+    with pytest.raises(ValueError, match="other weights"):
+        run(*score, "--model", folder["folder"], "--calibration", str(tmp_path / "c"))
+    with pytest.raises(ValueError, match="does not hold one byte of gain"):
+        run("calibrate", "--rows", "2", "--seq-len", "256", "--bits", "0.01", "-o", str(tmp_path / "d"))
