@@ -227,7 +227,7 @@ def kernels(
     }
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
     grids = f"constexpr Book KEY_BOOK = {books[0]}, VALUE_BOOK = {books[1]};"
-    text = source("codes.cuh", numbers, grids, "decode.cu")
+    text = source("codes.cuh", numbers, grids, "stages.cuh", "decode.cu")
     return (
         nvrtc.Kernel("decode", text, threads=32 * shape.warps, capability=capability, shared=shared),
         nvrtc.Kernel("combine", source(numbers, "combine.cu"), threads=32 * ways, capability=capability),
