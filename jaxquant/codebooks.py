@@ -79,13 +79,14 @@ def lookup(codebook: Codebook, codes: UInt8[Array, "*batch"]) -> Float[Array, "*
     return levels
 
 
-def lloyd_max(bits: int, *, dim: int | None = None) -> Codebook:
+def lloyd_max(bits: int, *, dim: int | None = None, grid: bool = False) -> Codebook:
     """Solve for the levels of least mean squared error.
 
     Args:
         bits: of a code; 2**bits levels.
         dim: None for the unit normal; otherwise the coordinates of sqrt(dim) times a uniform point on the unit sphere
             of R^dim, the exact marginal that a random rotation produces.
+        grid: round them as `on_grid` does; also where this is traced.
 
     Raises:
         ValueError: `bits` is not in 1..8, or `dim` is less than 2.
@@ -99,7 +100,8 @@ def lloyd_max(bits: int, *, dim: int | None = None) -> Codebook:
         minimum distortion", IRE Trans. Inf. Theory 6 (1960), eqs. 4-5; A. Zandieh et al., "TurboQuant: Online vector
         quantization with near-optimal distortion rate", arXiv:2504.19874, eq. 4 (the sphere marginal).
     """
-    return Codebook(centroids=jnp.asarray(_solve(_check_bits(bits), _check_dim(dim)), jnp.float32))
+    levels = _solve(_check_bits(bits), _check_dim(dim))
+    return _rounded(levels) if grid else Codebook(centroids=jnp.asarray(levels, jnp.float32))
 
 
 def uniform(bits: int, *, dim: int | None = None) -> Codebook:
@@ -143,15 +145,7 @@ def on_grid(codebook: Codebook) -> Codebook:
         >>> np.asarray(book.centroids[8:] / book.centroids[-1] * 255).round(3)
         array([ 11.,  37.,  61.,  87., 117., 151., 193., 255.], dtype=float32)
     """
-    levels = np.asarray(codebook.centroids, np.float64)
-    if len(levels) > 16:
-        raise ValueError(f"codebook must have at most 16 levels, got {len(levels)}")
-    if len(levels) == 16 and np.allclose(levels, -levels[::-1], rtol=0, atol=1e-6):
-        step = levels[-1] / 127.5
-        odd = np.floor(levels / step) + 0.5
-        return Codebook(centroids=jnp.asarray(odd * step, jnp.float32), grid="symmetric")
-    low, step = levels[0], (levels[-1] - levels[0]) / 255
-    return Codebook(centroids=jnp.asarray(low + np.rint((levels - low) / step) * step, jnp.float32), grid="bytes")
+    return _rounded(np.asarray(codebook.centroids, np.float64))
 
 
 def distortion(codebook: Codebook, *, dim: int | None = None) -> float:
@@ -168,6 +162,17 @@ def distortion(codebook: Codebook, *, dim: int | None = None) -> float:
     levels = np.asarray(codebook.centroids, np.float64)
     cells = _moments((levels[1:] + levels[:-1]) / 2, _check_dim(dim))
     return float(np.sum(cells.second - 2 * levels * cells.first + levels**2 * cells.mass))
+
+
+def _rounded(levels: np.ndarray) -> Codebook:
+    if len(levels) > 16:
+        raise ValueError(f"codebook must have at most 16 levels, got {len(levels)}")
+    if len(levels) == 16 and np.allclose(levels, -levels[::-1], rtol=0, atol=1e-6):
+        step = levels[-1] / 127.5
+        odd = np.floor(levels / step) + 0.5
+        return Codebook(centroids=jnp.asarray(odd * step, jnp.float32), grid="symmetric")
+    low, step = levels[0], (levels[-1] - levels[0]) / 255
+    return Codebook(centroids=jnp.asarray(low + np.rint((levels - low) / step) * step, jnp.float32), grid="bytes")
 
 
 class _Cells(NamedTuple):

@@ -67,11 +67,10 @@ def mse(
             turn = rotations.Identity(dim=dim)
         case _:
             raise ValueError(f"rotation must be hadamard, haar, rotor or identity, got {rotation!r}")
-    codebook = codebooks.lloyd_max(bits, dim=dim)
     if equidistant:
         codebook = codebooks.uniform(bits, dim=dim)
-    elif 2 <= bits <= 4:
-        codebook = codebooks.on_grid(codebook)
+    else:
+        codebook = codebooks.lloyd_max(bits, dim=dim, grid=2 <= bits <= 4)
     return quantizers.Scalar(rotation=turn, codebook=codebook, bits=bits, scale=scale, scale_dtype=scale_dtype)
 
 
