@@ -127,8 +127,8 @@ def append(
         k: keys, as attention will read them (after any position encoding).
         v: values.
         mask: False marks padding, anywhere in the row; such tokens are not stored.
-        implementation: "xla" runs everywhere; "cuda" codes and writes in one kernel, on an NVIDIA GPU; None takes "cuda"
-            where it can code for this cache, and "xla" elsewhere.
+        implementation: "xla" runs everywhere; "cuda" codes and writes in one kernel, on an NVIDIA GPU; None takes
+            "cuda" where it can code for this cache, and "xla" elsewhere.
 
     Raises:
         ValueError: a shape does not fit the cache, `layer` is out of range, or the implementation that was asked for

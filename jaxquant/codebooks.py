@@ -1,8 +1,8 @@
 """Scalar codebooks: the reproduction levels of a b-bit quantizer and the thresholds between them.
 
 `lloyd_max` solves for the optimal levels of one coordinate of a rotated vector: either the unit normal, or the exact
-marginal of a point on the sphere. Both are computed to convergence in float64 with NumPy, in milliseconds. `uniform` has
-the best equidistant levels instead, and `on_grid` rounds levels to the integers that fused kernels calculate with.
+marginal of a point on the sphere. Both are computed to convergence in float64 with NumPy, in milliseconds. `uniform`
+has the best equidistant levels instead, and `on_grid` rounds levels to the integers that fused kernels calculate with.
 """
 
 import functools

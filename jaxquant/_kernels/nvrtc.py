@@ -1,7 +1,7 @@
 """Compile CUDA C++ to PTX with the NVRTC that comes with JAX's CUDA plugin, and launch it from a jitted function.
 
-The launcher is the one that jaxlib brings along for Triton kernels: it takes any PTX, assembles it once a device, passes
-the operands' and results' addresses and then the 32-bit integers, and works in CUDA graphs.
+The launcher is the one that jaxlib brings along for Triton kernels: it takes any PTX, assembles it once a device,
+passes the operands' and results' addresses and then the 32-bit integers, and works in CUDA graphs.
 """
 
 import ctypes

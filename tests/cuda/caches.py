@@ -51,7 +51,7 @@ def filled(
     layer: int,
     lengths: tuple[int, ...],
     sizes: tuple[float, float] = (1.0, 1.0),
-    growth: float = 1.0,
+    growth: tuple[float, float] = (1.0, 1.0),
     **shape: Any,
 ) -> KVCache:
     """Fill a cache, beyond the length of a row too.
@@ -62,7 +62,7 @@ def filled(
         layer: whose lengths are given; those of other layers differ.
         lengths: tokens of the rows.
         sizes: of the keys and of the values.
-        growth: from the scales of a row's first tokens to those of its last.
+        growth: of the scales of keys and of values, from a row's first tokens to its last.
         shape: as in `cache.init`.
     """
     rng = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def filled(
     def floats(leaf: Any, size: float) -> jax.Array:
         return jnp.asarray((rng.standard_normal(leaf.shape) * size).astype(leaf.dtype))
 
-    def store(held: Store, made: quantizers.Scalar, size: float) -> Store:
+    def store(held: Store, made: Any, size: float, growth: float) -> Store:
         codes = held.codes
         if codes.scales is None:
             made, codes = held.quantizer, quantizers.Quantized(codes=floats(codes.codes, size))
@@ -86,7 +86,7 @@ def filled(
         return Store(quantizer=made, codes=codes, sinks=floats(held.sinks, size), window=floats(held.window, size))
 
     stacks = tuple(
-        Stack(keys=store(held.keys, keys, sizes[0]), values=store(held.values, values, sizes[1]))
+        Stack(keys=store(held.keys, keys, sizes[0], growth[0]), values=store(held.values, values, sizes[1], growth[1]))
         for held in empty.stacks
     )
     others = 7 * (np.arange(shape["layers"])[:, None] - layer)

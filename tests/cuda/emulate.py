@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
+from typing import Any
 from unittest import mock
 
 import jax
@@ -78,8 +79,9 @@ def installed(*, cores: int = 132, replace: tuple[str, str] | None = None, swap:
     def forget() -> None:
         for made in (cuda.kernels, cuda_encode.kernel):
             made.cache_clear()
-        for traced in (attention._decode, cache._append):
-            traced.clear_cache()
+        traced: Any = (attention._decode, cache._append)
+        for function in traced:
+            function.clear_cache()
 
     kernel = functools.partial(_Swapped, swap) if swap else Kernel
     forget()
