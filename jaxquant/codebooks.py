@@ -211,7 +211,7 @@ def _solve(bits: int, dim: int | None) -> np.ndarray:
 def _equidistant(bits: int, dim: int | None) -> np.ndarray:
     """Find the step where the distortion stops falling, by bisection of its derivative."""
     unit = np.arange(2**bits) - (2**bits - 1) / 2
-    low, high = 0.0, 4.0
+    low, step, high = 0.0, 2.0, 4.0
     edge = math.inf if dim is None else 0.999 * math.sqrt(dim)
     for _ in range(60):
         step = (low + high) / 2

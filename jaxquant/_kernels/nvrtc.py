@@ -46,7 +46,7 @@ class Kernel:
         run = jax.ffi.ffi_call(
             "triton_kernel_call_ffi", list(results), vmap_method=None, input_output_aliases=aliases or {}
         )
-        return run(*operands, opaque=opaque)
+        return list(run(*operands, opaque=opaque))
 
 
 def capability() -> tuple[int, int] | None:
