@@ -25,6 +25,10 @@ def main(wheel: str, tree: str) -> None:
     packed = {name for name in names if name.endswith(".py")}
     assert packed == expected, f"missing: {sorted(expected - packed)}; unexpected: {sorted(packed - expected)}"
     assert "jaxquant/py.typed" in names
+    sources = {
+        f"jaxquant/_kernels/sources/{path.name}" for path in (Path(tree) / "jaxquant/_kernels/sources").iterdir()
+    }
+    assert sources <= set(names), f"missing: {sorted(sources - set(names))}"
     assert sum(info.file_size for info in small) <= 4_000_000, "the model in the package is too large"
     strangers = {name.split("/")[0] for name in names if not name.startswith("jaxquant")}
     assert not strangers, f"top-level names beside jaxquant: {strangers}"

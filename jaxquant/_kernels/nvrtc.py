@@ -102,9 +102,11 @@ def _library() -> ctypes.CDLL:
     found = ctypes.util.find_library("nvrtc")
     candidates += [found] if found else []
     for candidate in candidates:
-        if "builtins" in os.path.basename(candidate) or "alt" in os.path.basename(candidate):
-            continue
+        folder = os.path.dirname(candidate)
         try:
+            # A wheel's NVRTC looks for its built-ins by name alone, and finds them if they are loaded.
+            for builtins in glob.glob(os.path.join(folder, "libnvrtc-builtins.so.*")) if folder else []:
+                ctypes.CDLL(builtins)
             return ctypes.CDLL(candidate)
         except OSError:
             continue

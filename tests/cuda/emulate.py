@@ -1,5 +1,6 @@
 """Run the CUDA kernels on a CPU: g++ compiles them together with `warp.h`, where a warp's lanes are fibres."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -7,21 +8,34 @@ import pathlib
 import re
 import subprocess
 import tempfile
+from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 
+from jaxquant import attention, cache
+from jaxquant._kernels import cuda, cuda_encode, nvrtc
+
 _HEADER = pathlib.Path(__file__).with_name("warp.h")
+
+
+_COMPILE = ("g++", "-std=c++17", "-O1", "-w", "-fPIC")
 
 
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="jaxquant-emulated-")
+    """Make a folder with `warp.h`, precompiled since that takes longer than a kernel."""
+    folder = tempfile.TemporaryDirectory(prefix="jaxquant-emulated-")
+    header = pathlib.Path(folder.name) / _HEADER.name
+    header.write_text(_HEADER.read_text())
+    subprocess.run([*_COMPILE, "-x", "c++-header", header], check=True)
+    return folder
 
 
 @functools.cache
 def _library(name: str, source: str) -> ctypes.CDLL:
-    body = _HEADER.read_text() + source.split("// end of intrinsics.cuh\n", 1)[1]
+    body = f'#include "{_HEADER.name}"\n' + source.split("// end of intrinsics.cuh\n", 1)[1]
     signature = re.search(rf"\b{name}\((.*?)\) {{", body, re.DOTALL)
     assert signature
     arguments, pointers, integers = [], 0, 0
@@ -38,13 +52,52 @@ def _library(name: str, source: str) -> ctypes.CDLL:
     )
     stem = pathlib.Path(_folder().name) / hashlib.sha256(body.encode()).hexdigest()[:16]
     stem.with_suffix(".cpp").write_text(body)
-    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", f"{stem}.so", f"{stem}.cpp"]
+    command = [*_COMPILE, "-shared", "-o", f"{stem}.so", f"{stem}.cpp"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr[:4000]
     return ctypes.CDLL(f"{stem}.so")
 
 
-class Kernel:
+@contextlib.contextmanager
+def installed(*, cores: int = 132, replace: tuple[str, str] | None = None, swap: dict[int, int] | None = None):
+    """Let "cuda" run here.
+
+    Args:
+        cores: multiprocessors to pretend.
+        replace: a mistake to plant: text of the sources, and what stands there instead.
+        swap: another: operands of `decode` that others are passed for.
+    """
+    original, found = cuda.source, []
+
+    def source(*parts: str) -> str:
+        text = original(*parts)
+        if replace:
+            found.append(replace[0] in text)
+            text = text.replace(*replace)
+        return text
+
+    def forget() -> None:
+        for made in (cuda.kernels, cuda_encode.kernel):
+            made.cache_clear()
+        traced: Any = (attention._decode, cache._append)
+        for function in traced:
+            function.clear_cache()
+
+    kernel = functools.partial(_Swapped, swap) if swap else Kernel
+    forget()
+    try:
+        with (
+            mock.patch.object(nvrtc, "Kernel", kernel),
+            mock.patch.object(cuda, "source", source),
+            mock.patch.object(cuda, "cores", return_value=cores),
+        ):
+            yield
+    finally:
+        forget()
+    assert not replace or any(found), f"no source has {replace[0]}"
+
+
+class Kernel(nvrtc.Kernel):
     """Stands in for `nvrtc.Kernel`."""
 
     def __init__(self, name, source, *, threads, capability, shared=0):
@@ -68,6 +121,17 @@ class Kernel:
             return made
 
         return jax.pure_callback(run, list(results), *operands)
+
+
+class _Swapped(Kernel):
+    def __init__(self, swap, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.swap = swap
+
+    def __call__(self, operands, *args, **kwargs):
+        if self.name == "decode":
+            operands = [operands[self.swap.get(i, i)] for i in range(len(operands))]
+        return super().__call__(operands, *args, **kwargs)
 
 
 def _poisoned(result: jax.ShapeDtypeStruct) -> np.ndarray:

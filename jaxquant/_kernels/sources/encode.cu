@@ -122,7 +122,7 @@ DEVICE Cells cells_of(const float* levels) {
     Cells cells;
     if (BOOK == UNIFORM) {
         cells.per_cell = (LEVELS - 1) / (high - low);
-        cells.origin = LEVELS / 2 - 1;
+        cells.origin = LEVELS / 2 - 1 - EPSILON / 2;  // so that a third of it, rounded up, puts 0 into the lower cell
     } else if (BOOK == SYMMETRIC) {
         cells.per_cell = 2.0f * 127.5f / high;
         cells.origin = 256.0f;

@@ -1,0 +1,177 @@
+"""The CUDA kernels compile without a GPU, and need no more registers, stack or instructions than they did."""
+
+import importlib.util
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jaxquant._kernels import cuda, cuda_encode, nvrtc
+
+RELEASE = "13.0"  # of both compilers, that the numbers here are of; `pyproject.toml` pins it
+H200, A100 = (9, 0), (8, 0)
+BOOKS = {2: "UNIFORM", 3: "ANY", 4: "SYMMETRIC", 8: "TABLE"}
+
+# Registers and instructions on 2026-11-23, by bits of keys and values, query heads of a kv head, and capability.
+DECODE = {
+    (4, 4, 4, H200): (118, 2080),
+    (4, 2, 4, H200): (106, 1944),
+    (2, 2, 4, H200): (102, 1784),
+    (3, 3, 4, H200): (116, 2120),
+    (4, 4, 8, H200): (128, 2456),
+    (4, 2, 8, H200): (121, 2328),
+    (2, 2, 8, H200): (120, 2208),
+    (3, 3, 8, H200): (128, 2472),
+    (4, 4, 4, A100): (116, 2040),
+    (4, 2, 4, A100): (106, 1904),
+    (2, 2, 4, A100): (97, 1744),
+    (3, 3, 4, A100): (114, 2080),
+    (4, 4, 8, A100): (128, 2408),
+    (4, 2, 8, A100): (120, 2272),
+    (2, 2, 8, A100): (114, 2144),
+    (3, 3, 8, A100): (128, 2456),
+}
+ENCODE = {  # by bits
+    (4, H200): (168, 3472),
+    (2, H200): (168, 3496),
+    (3, H200): (168, 3680),
+    (4, A100): (168, 3096),
+}
+SPILLED = {(4, 4, 8, H200): 20, (4, 4, 8, A100): 20}  # bytes stored and loaded; nothing elsewhere
+
+
+def assembler() -> str | None:
+    """Find ptxas, in the wheel that goes with the wheel of NVRTC or on the PATH."""
+    nvidia = importlib.util.find_spec("nvidia")
+    folders = (nvidia.submodule_search_locations or []) if nvidia else []
+    wheels = [str(path) for folder in folders for path in Path(folder).glob("*/bin/ptxas")]
+    return wheels[0] if wheels else shutil.which("ptxas")
+
+
+def obstacle() -> str | None:
+    path = assembler()
+    if path is None:
+        return "there is no ptxas"
+    try:
+        versions = {"NVRTC": nvrtc.compile_ptx("", H200)}
+    except RuntimeError as error:
+        return str(error)
+    versions["ptxas"] = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    for name, text in versions.items():
+        found = re.search(r"release (\d+\.\d+)", text)
+        if not found or found[1] != RELEASE:
+            return f"{name} is of release {found and found[1]}, not {RELEASE}"
+    return None
+
+
+@pytest.fixture(scope="module")
+def ptxas() -> str:
+    reason = obstacle()
+    if reason:
+        pytest.skip(reason)
+    path = assembler()
+    assert path
+    return path
+
+
+def measure(kernel: nvrtc.Kernel, ptxas: str, folder: Path) -> tuple[int, int, int]:
+    """Assemble a kernel: registers, instructions, and bytes spilled, stores and loads together."""
+    major, minor = kernel.capability
+    source, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
+    source.write_text(kernel.ptx)
+    command = [ptxas, "-v", f"-arch=sm_{major}{minor}", source, "-o", cubin]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    used = re.search(r"Used (\d+) registers", done.stderr)
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert used, done.stderr
+    assert spilled, done.stderr
+    return int(used[1]), instructions(cubin.read_bytes(), kernel.name), int(spilled[1]) + int(spilled[2])
+
+
+def instructions(elf: bytes, name: str) -> int:
+    """Count the instructions, of 16 bytes, of a kernel in an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
+    wanted, start = f".text.{name}\0".encode(), sections[names][4]
+    (length,) = (section[5] for section in sections if elf[start + section[0] :].startswith(wanted))
+    return length // 16
+
+
+def decode(
+    keys: int, values: int, group: int, capability: tuple[int, int], dim: int = 128
+) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
+    return cuda.kernels(
+        dim=dim,
+        heads=group,
+        bits=(keys, values),
+        books=(BOOKS[keys], BOOKS[values]),
+        scales=("float16", "float16"),
+        queries="bfloat16",
+        rounds=(1, 1),
+        soft_cap=False,
+        sliding=False,
+        even=True,
+        capability=capability,
+    )
+
+
+def encode(bits: int, capability: tuple[int, int]) -> nvrtc.Kernel:
+    return cuda_encode.kernel(
+        dim=128,
+        bits=bits,
+        book=BOOKS[bits],
+        scales="float16",
+        given="bfloat16",
+        rounds=1,
+        rule="preserve",
+        capability=capability,
+    )
+
+
+def check(measured: tuple[int, int, int], usual: tuple[int, int], spill: int = 0) -> None:
+    registers, count, spilled = measured
+    assert spilled <= spill, "registers spill"
+    assert registers <= 1.05 * usual[0], "more registers"
+    assert count <= 1.05 * usual[1], "more instructions"
+
+
+@pytest.mark.parametrize("config", DECODE, ids=str)
+def test_decode_keeps_its_size(config, ptxas, tmp_path):
+    check(measure(decode(*config)[0], ptxas, tmp_path), DECODE[config], SPILLED.get(config, 0))
+
+
+@pytest.mark.parametrize("config", ENCODE, ids=str)
+def test_encode_keeps_its_size(config, ptxas, tmp_path):
+    check(measure(encode(*config), ptxas, tmp_path), ENCODE[config])
+
+
+@pytest.mark.parametrize("capability", [H200, A100])
+def test_combine_keeps_its_size(capability, ptxas, tmp_path):
+    check(measure(decode(4, 4, 4, capability)[1], ptxas, tmp_path), (72, 976))
+
+
+def test_what_grew_is_seen(ptxas, tmp_path, monkeypatch):
+    small, large = (4, 2, 4, H200), (4, 2, 8, H200)
+    registers, count, spilled = measure(decode(*large)[0], ptxas, tmp_path)
+    with pytest.raises(AssertionError, match="more registers"):
+        check((registers, count, spilled), DECODE[small])
+    with pytest.raises(AssertionError, match="more instructions"):
+        check((registers, count, spilled), (registers, DECODE[small][1]))
+    original = cuda.source
+    tight = "constexpr int BLOCKS = 2;", "constexpr int BLOCKS = 4;"
+    monkeypatch.setattr(cuda, "source", lambda *parts: original(*parts).replace(*tight))
+    cuda.kernels.cache_clear()
+    measured = measure(decode(*large)[0], ptxas, tmp_path)
+    cuda.kernels.cache_clear()
+    with pytest.raises(AssertionError, match="registers spill"):
+        check(measured, DECODE[large])
+
+
+def test_nvrtc_says_what_it_refuses(ptxas):
+    with pytest.raises(RuntimeError, match=r'NVRTC refused a kernel: .*identifier "nonsense" is undefined'):
+        nvrtc.compile_ptx("__device__ int x = nonsense;", H200)
