@@ -137,7 +137,7 @@ def allocate(
 
 
 def loss(fitted: Fitted, bits: Int[np.ndarray, "layers groups"]) -> float:
-    """Predict the KL divergence, in nats a token, where losses are in the metric of the Fisher information."""
+    """Predict the loss: KL divergence, in nats a token, if the metric was the Fisher information at temperature 1."""
     each = np.repeat(bits, fitted.mean.shape[-1] // bits.shape[1], axis=1)
     index = np.searchsorted(fitted.choices, each)
     kept = np.take_along_axis(fitted.losses.sum(axis=2), index[None], axis=0)
