@@ -50,10 +50,9 @@ def fit(
     *,
     rule: Rule = "least_squares",
     choices: Sequence[int] = CHOICES,
-    gain_exponent: float = 0.5,
     progress: Progress | None = None,
 ) -> Fitted:
-    """Fit codebooks to samples.
+    """Fit codebooks to samples. The gain weighs each coordinate by the root of its worth.
 
     Args:
         basis: of every layer and head.
@@ -61,11 +60,10 @@ def fit(
         samples: vectors.
         rule: of the gain; with "none", levels are for the coordinates themselves.
         choices: of bits, 0 among them, in rising order.
-        gain_exponent: the gain weighs coordinates by their worth to this power.
         progress: called with the layers done and all layers.
     """
     layers, heads, dim = mean.shape
-    weights = basis.worth**gain_exponent
+    weights = np.sqrt(basis.worth)
     weights = weights / weights.sum(axis=-1, keepdims=True)
     tables = [np.zeros((layers, heads, dim, 2**bits)) for bits in choices]
     losses = np.zeros((len(choices), layers, heads, dim))
@@ -139,7 +137,7 @@ def allocate(
 
 
 def loss(fitted: Fitted, bits: Int[np.ndarray, "layers groups"]) -> float:
-    """Predict the KL divergence, in nats a token, where losses are in the metric of the Fisher information."""
+    """Predict the loss: KL divergence, in nats a token, if the metric was the Fisher information at temperature 1."""
     each = np.repeat(bits, fitted.mean.shape[-1] // bits.shape[1], axis=1)
     index = np.searchsorted(fitted.choices, each)
     kept = np.take_along_axis(fitted.losses.sum(axis=2), index[None], axis=0)

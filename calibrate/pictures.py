@@ -1,13 +1,27 @@
 """Pictures of a calibration, for `jaxquant calibrate --report DIR`; needs matplotlib, the extra `plot`."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxquant.calibrate.files import Calibration
+from jaxquant.calibrate.fit import Fitted
 from jaxquant.calibrate.make import Candidates
 from jaxquant.mixed import Mixed
+
+_NAMED = 10  # layers that a legend has room for
+
+
+def check() -> None:
+    """Refuse to begin what could not be drawn in the end.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise RuntimeError('pictures need matplotlib: pip install "jaxquant[plot]"')
 
 
 def write(folder: Path, found: Candidates, made: Calibration) -> list[Path]:
@@ -24,39 +38,34 @@ def write(folder: Path, found: Candidates, made: Calibration) -> list[Path]:
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise RuntimeError('pictures need matplotlib: pip install "jaxquant[plot]"') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    check()
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     folder.mkdir(parents=True, exist_ok=True)
     halves = {"keys": (found.keys, made.keys), "values": (found.values, made.values)}
     draw = {"spectra": _spectrum, "bits": _bits, "predicted_loss": _loss}
     files = []
     for name, picture in draw.items():
-        figure, axes = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
-        for axis, (half, (fitted, quantizers)) in zip(axes, halves.items(), strict=True):
+        figure = Figure(figsize=(12, 4), layout="constrained")
+        for axis, (half, (fitted, quantizers)) in zip(figure.subplots(1, 2), halves.items(), strict=True):
             axis.set_title(half)
-            picture(figure, axis, fitted, quantizers)
+            picture(axis, fitted, quantizers)
         files.append(folder / f"{name}.png")
         figure.savefig(files[-1], dpi=120)
-        pyplot.close(figure)
     return files
 
 
-def _spectrum(figure: Any, axis: Any, fitted: Any, quantizers: tuple[Mixed, ...]) -> None:
+def _spectrum(axis: Any, fitted: Fitted, quantizers: tuple[Mixed, ...]) -> None:
     worth = fitted.basis.worth.mean(axis=1)
     for layer, line in enumerate(worth):
-        axis.semilogy(line, label=f"layer {layer}" if len(worth) <= 10 else None, linewidth=1)
+        axis.semilogy(line, label=f"layer {layer}", linewidth=1)
     axis.set_xlabel("coordinate")
-    axis.set_ylabel("variance in the metric, nats")
-    if len(worth) <= 10:
+    axis.set_ylabel("variance in the metric, mean of the heads")
+    if len(worth) <= _NAMED:
         axis.legend(fontsize=7, ncols=2)
 
 
-def _bits(figure: Any, axis: Any, fitted: Any, quantizers: tuple[Mixed, ...]) -> None:
+def _bits(axis: Any, fitted: Fitted, quantizers: tuple[Mixed, ...]) -> None:
     table = np.zeros((len(quantizers), quantizers[0].dim))
     for layer, quantizer in enumerate(quantizers):
         bits = [bits for bits, count in quantizer.widths for _ in range(count)]
@@ -64,14 +73,17 @@ def _bits(figure: Any, axis: Any, fitted: Any, quantizers: tuple[Mixed, ...]) ->
     image = axis.imshow(table, aspect="auto", interpolation="nearest", vmin=0, vmax=max(fitted.choices))
     axis.set_xlabel("coordinate, in falling order of bits")
     axis.set_ylabel("layer")
-    figure.colorbar(image, ax=axis, label="bits")
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.figure.colorbar(image, ax=axis, label="bits")
 
 
-def _loss(figure: Any, axis: Any, fitted: Any, quantizers: tuple[Mixed, ...]) -> None:
+def _loss(axis: Any, fitted: Fitted, quantizers: tuple[Mixed, ...]) -> None:
     lines = fitted.losses.sum(axis=(2, 3)) / 2
-    for layer in range(lines.shape[1]):
-        axis.semilogy(fitted.choices, lines[:, layer], color="tab:gray", linewidth=0.8)
-        bits = 8 * quantizers[layer].bytes_per_vector / quantizers[layer].dim
-        axis.annotate(str(layer), (bits, np.interp(bits, fitted.choices, lines[:, layer])))
-    axis.set_xlabel("bits of every coordinate; numbers: the layers where they were put")
-    axis.set_ylabel("predicted KL divergence, nats a token")
+    for layer, (line, quantizer) in enumerate(zip(lines.T, quantizers, strict=True)):
+        drawn = axis.semilogy(fitted.choices, line, linewidth=0.8)[0]
+        bits = 8 * quantizer.bytes_per_vector / quantizer.dim
+        loss = np.exp(np.interp(bits, fitted.choices, np.log(line)))
+        axis.plot(bits, loss, "o", color=drawn.get_color(), markersize=4)
+        axis.annotate(str(layer), (bits, loss), xytext=(4, 3), textcoords="offset points", color=drawn.get_color())
+    axis.set_xlabel("bits of every coordinate; dots: the mean bits of a layer")
+    axis.set_ylabel("predicted loss: an order, not nats")

@@ -1,25 +1,17 @@
 """Searches for levels beyond Lloyd's iteration; none of them can return something worse than its start.
 
-`evolve` (CMA-ES) and `fuzzy` (annealed fuzzy C-means) minimize the distortion of one codebook; `descend` follows the
-gradient of what attention loses with the codebooks of a layer, and is judged on text it did not see.
+`evolve` (CMA-ES) and `fuzzy` (annealed fuzzy C-means) minimize the distortion of one codebook.
 
 References:
     N. Hansen, "The CMA evolution strategy: a tutorial", arXiv:1604.00772, figure 7; J. Bezdek, "Pattern recognition
-    with fuzzy objective function algorithms", 1981, ch. 3; D. Kingma, J. Ba, "Adam", arXiv:1412.6980.
+    with fuzzy objective function algorithms", 1981, ch. 3.
 """
 
-import dataclasses
-import functools
 import math
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float
-
-from jaxquant.mixed import Mixed
+from jaxtyping import Float
 
 
 def evolve(
@@ -123,73 +115,3 @@ def fuzzy(
         if (found := error(levels)) < least:
             best, least = np.sort(levels), found
     return best, least
-
-
-def descend(
-    quantizer: Mixed,
-    loss: Callable[[Mixed, Array], Float[Array, ""]],
-    training: Float[Array, "batches ..."],
-    held_out: Float[Array, "batches ..."],
-    *,
-    steps: int = 100,
-    rate: float = 1e-2,
-) -> tuple[Mixed, float, float]:
-    """Move the levels of a quantizer down the gradient of a loss, codes chosen anew in every step.
-
-    Args:
-        quantizer: start, and incumbent.
-        loss: of a quantizer on a batch; codes have no gradient, levels do.
-        training: batches to learn from, in turn.
-        held_out: batches that judge, after every tenth of the steps.
-        steps: of Adam.
-        rate: of Adam, in standard deviations of a coordinate.
-
-    Returns:
-        The best quantizer on held-out batches, the start among them, its loss there, and the start's.
-    """
-    optimizer = optax.adam(rate)
-    levels, state = quantizer.levels, optimizer.init(quantizer.levels)
-    judge = jax.jit(lambda levels: jnp.mean(jax.lax.map(lambda x: loss(_with(quantizer, levels), x), held_out)))
-    first = least = float(judge(levels))
-    best = levels
-
-    @jax.jit
-    def update(levels, state, batch):
-        gradient = jax.grad(lambda levels: loss(_with(quantizer, levels), batch))(levels)
-        change, state = optimizer.update(gradient, state)
-        return jax.tree.map(functools.partial(jnp.sort, axis=-1), optax.apply_updates(levels, change)), state
-
-    for step in range(steps):
-        levels, state = update(levels, state, training[step % len(training)])
-        if (step + 1) % max(1, steps // 10) == 0 and (found := float(judge(levels))) < least:
-            best, least = levels, found
-    return _with(quantizer, best), least, first
-
-
-def _with(quantizer: Mixed, levels: tuple[Array, ...]) -> Mixed:
-    return dataclasses.replace(quantizer, levels=levels)
-
-
-def score_loss(
-    q: Float[Array, "kv_heads queries dim"], k: Float[Array, "kv_heads tokens dim"], scale: float
-) -> Callable[[Mixed], Float[Array, ""]]:
-    """Make the loss of a key quantizer: KL divergence of its attention weights from the exact ones, causal.
-
-    Queries come as the tokens in order, once for each head of the group, and see tokens up to their own.
-    """
-    tokens = k.shape[1]
-    place = jnp.tile(jnp.arange(tokens), q.shape[1] // tokens)
-    hidden = jnp.arange(tokens)[None] > place[:, None]
-
-    def weights(keys: Array) -> Array:
-        scores = jnp.einsum("hqd,htd->hqt", q, keys, precision="highest") * scale
-        return jax.nn.log_softmax(jnp.where(hidden, -jnp.inf, scores), axis=-1)
-
-    exact = weights(k)
-
-    def loss(quantizer: Mixed) -> Float[Array, ""]:
-        coded = weights(quantizer.restore(quantizer.expand(quantizer.quantize(k))))
-        terms = jnp.exp(exact) * (exact - coded)
-        return jnp.mean(jnp.sum(jnp.where(hidden, 0.0, terms), axis=-1))
-
-    return loss

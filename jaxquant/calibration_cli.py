@@ -38,8 +38,10 @@ def calibrate(
 ) -> None:
     """Measure a model on a few thousand tokens, and write quantizers of its keys and values that fit it."""
     from jaxquant import models, token_files
-    from jaxquant.calibrate import files, make
+    from jaxquant.calibrate import files, make, pictures
 
+    if report is not None:
+        pictures.check()
     began = time.perf_counter()
     found = models.load(model)
     ids = token_files.read(found, tokens)
@@ -51,10 +53,7 @@ def calibrate(
         candidates = make.candidates(measured, progress=step)
         made = make.choose(found, measured, candidates, bits=bits, group=group, layer_groups=layer_groups)
         files.write(output, made)
-        if report is not None:
-            from jaxquant.calibrate import pictures
-
-            pictures.write(report, candidates, made)
+        drawn = [] if report is None else pictures.write(report, candidates, made)
     summary = {
         "file": str(output),
         "bytes": output.stat().st_size,
@@ -65,10 +64,13 @@ def calibrate(
         "tokens": measured.statistics.tokens,
         "seconds": time.perf_counter() - began,
     }
+    if drawn:
+        summary["pictures"] = [str(path) for path in drawn]
     if as_json:
         return _console.print_json(summary)
-    shown = {name: [f"{x:.2f}" for x in value] if isinstance(value, list) else value for name, value in summary.items()}
-    _console.show(shown, False, title="calibration")
+    for name in ("key_bits", "value_bits"):
+        summary[name] = [f"{bits:.2f}" for bits in summary[name]]
+    _console.show(summary, False, title="calibration")
 
 
 def convert(

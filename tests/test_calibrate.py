@@ -34,19 +34,34 @@ def tokens():
     return np.random.default_rng(1).integers(0, VOCABULARY, (5, 24))
 
 
+@pytest.fixture(scope="module")
+def gradients(decoder, tokens):
+    """Gradients with respect to the keys and values of the first row, labels from the text."""
+    zeros = jnp.zeros((LAYERS, tokens.shape[1], KV_HEADS, DIM))
+    return jax.jit(jax.grad(lambda changes: text_loss(decoder, tokens[0], changes)))((zeros, zeros))
+
+
+def text_loss(decoder, row, changes):
+    row = jnp.asarray(row, jnp.int32)
+    return fisher.loss(decoder, row, jnp.append(row[1:], -1), jax.random.key(0), 1.0, changes)
+
+
 def attended(decoder, tokens):
     """Queries, keys and values that attention reads, [rows, layers, heads, tokens, dim], in float64."""
-    rows = []
-    for row in tokens:
+
+    @jax.jit
+    def run(row):
         seen = []
 
-        def tap(layer, q, k, v, seen=seen):
-            seen.append([np.asarray(jnp.swapaxes(x[0], 0, 1), np.float64) for x in (q, k, v)])
+        def tap(layer, q, k, v):
+            seen.append([jnp.swapaxes(x[0], 0, 1) for x in (q, k, v)])
             return q, k, v
 
-        decoder.hidden(jnp.asarray(row[None]), tap=tap)
-        rows.append([np.stack([layer[i] for layer in seen]) for i in range(3)])
-    return [np.stack([row[i] for row in rows]) for i in range(3)]
+        decoder.hidden(row[None], tap=tap)
+        return [jnp.stack([layer[i] for layer in seen]) for i in range(3)]
+
+    rows = [run(jnp.asarray(row)) for row in tokens]
+    return [np.stack([np.asarray(row[i], np.float64) for row in rows]) for i in range(3)]
 
 
 def close(found, expected, rtol=2e-5):
@@ -54,7 +69,7 @@ def close(found, expected, rtol=2e-5):
 
 
 def test_statistics_equal_numpy(decoder, tokens):
-    found = statistics.collect(decoder, tokens, batch=2, samples=40)
+    found = statistics.collect(decoder, tokens, batch=1, samples=40)
     q, k, v = attended(decoder, tokens)
     group = HEADS // KV_HEADS
     outer = lambda x: np.einsum("rlhtd,rlhte->lhde", x, x)  # noqa: E731
@@ -85,13 +100,19 @@ def test_statistics_equal_numpy(decoder, tokens):
 
 
 def test_statistics_do_not_depend_on_batches_and_continue(decoder, tokens, tmp_path):
-    whole = statistics.collect(decoder, tokens, batch=5)
+    whole = statistics.collect(decoder, tokens, batch=5, samples=40)
     for batch in (1, 2):
-        jax.tree.map(np.testing.assert_array_equal, vars(statistics.collect(decoder, tokens, batch=batch)), vars(whole))
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            vars(statistics.collect(decoder, tokens, batch=batch, samples=40)),
+            vars(whole),
+        )
     done = []
-    part = statistics.collect(decoder, tokens[:2], batch=1, progress=lambda *at: done.append(at), samples=10**9)
+    part = statistics.collect(decoder, tokens[:2], batch=1, progress=lambda *at: done.append(at), samples=16)
     part.save(tmp_path / "part")
-    more = statistics.collect(decoder, tokens[2:], start=statistics.Statistics.load(tmp_path / "part"), samples=10**9)
+    more = statistics.collect(
+        decoder, tokens[2:], batch=2, start=statistics.Statistics.load(tmp_path / "part"), samples=24
+    )
     jax.tree.map(np.testing.assert_array_equal, vars(more), vars(whole))
     assert done == [(1, 2), (2, 2)]
     with pytest.raises(AssertionError):
@@ -101,16 +122,9 @@ def test_statistics_do_not_depend_on_batches_and_continue(decoder, tokens, tmp_p
         statistics.Statistics.load(tmp_path / "bad")
 
 
-def test_gradients_equal_finite_differences(decoder, tokens):
-    row = jnp.asarray(tokens[0], jnp.int32)
-    labels = jnp.append(row[1:], -1)
-    shape = (LAYERS, 24, KV_HEADS, DIM)
-
-    def loss(changes):
-        return fisher.loss(decoder, row, labels, jax.random.key(0), 1.0, changes)
-
-    gradients = jax.grad(loss)((jnp.zeros(shape), jnp.zeros(shape)))
-    value = jax.jit(loss)
+def test_gradients_equal_finite_differences(decoder, tokens, gradients):
+    shape = gradients[0].shape
+    value = jax.jit(lambda changes: text_loss(decoder, tokens[0], changes))
     for half in range(2):
         direction = jax.random.normal(jax.random.key(half + 1), shape)
         direction /= jnp.linalg.norm(direction)
@@ -128,28 +142,32 @@ def test_gradients_equal_finite_differences(decoder, tokens):
         assert abs(float(jnp.vdot(gradients[1 - half], direction)) - slope) > rounding + 1e-3 * size
 
 
-def test_information_is_the_second_moment_of_gradients_and_the_curvature_of_kl(decoder, tokens):
-    row = jnp.asarray(tokens[0], jnp.int32)
-    zeros = (jnp.zeros((LAYERS, 24, KV_HEADS, DIM)),) * 2
-    labels = jnp.append(row[1:], -1)
-    expected = jax.grad(lambda x: fisher.loss(decoder, row, labels, jax.random.key(0), 1.0, x))(zeros)
+def test_information_is_the_second_moment_of_gradients(decoder, tokens, gradients):
     found = fisher.collect(jax.random.key(0), decoder, tokens[:1], labels="text")
-    close(found.keys, np.einsum("lthd,lthe->lhde", expected[0], expected[0]) / 24)
-    with pytest.raises(AssertionError):
-        close(found.keys, found.values)
+    for half, other, gradient in zip((found.keys, found.values), (found.values, found.keys), gradients, strict=True):
+        expected = np.einsum("lthd,lthe->lhde", gradient, gradient) / tokens.shape[1]
+        close(half, expected)
+        with pytest.raises(AssertionError):
+            close(other, expected)
 
-    # E[e^T F e] / 2 over independent errors e is what they add to the KL divergence.
+
+def test_information_is_the_curvature_of_kl(decoder, tokens):
+    """E[e^T F e] / 2 over independent errors e is what they add to the KL divergence."""
+    row = jnp.asarray(tokens[0], jnp.int32)
     information = fisher.collect(jax.random.key(3), decoder, np.repeat(tokens[:1], 400, axis=0))
-    exact = jax.nn.log_softmax(decoder(row[None])[0][0])
     size = 0.02
 
     @jax.jit
-    def divergence(key):
-        noise = size * jax.random.normal(key, (LAYERS, *zeros[0].shape[1:]))
-        logits = decoder(row[None], tap=lambda layer, q, k, v: (q, k, v + noise[layer]))[0][0]
-        return jnp.mean(jnp.sum(jnp.exp(exact) * (exact - jax.nn.log_softmax(logits)), axis=-1))
+    def logits(key, size):
+        noise = size * jax.random.normal(key, (LAYERS, tokens.shape[1], KV_HEADS, DIM))
+        return decoder(row[None], tap=lambda layer, q, k, v: (q, k, v + noise[layer]))[0][0]
 
-    measured = float(jnp.mean(jax.lax.map(divergence, jax.random.split(jax.random.key(4), 200))))
+    def divergence(key):
+        changed = jax.nn.log_softmax(logits(key, jnp.float32(size)))
+        return np.mean(np.sum(np.exp(exact) * (exact - changed), axis=-1))
+
+    exact = np.asarray(jax.nn.log_softmax(logits(jax.random.key(4), jnp.float32(0))))
+    measured = np.mean([divergence(key) for key in jax.random.split(jax.random.key(4), 200)])
     predicted = [size**2 * float(np.trace(half.sum((0, 1)))) / 2 for half in (information.values, information.keys)]
     assert predicted[0] == pytest.approx(measured, rel=0.1)
     assert predicted[1] != pytest.approx(measured, rel=0.1)
@@ -250,20 +268,25 @@ def test_searches_reach_lloyd_max_and_never_lose_to_their_start():
     assert search.fuzzy(samples, weights, start, rounds=1, fuzziness=8.0)[0].tolist() == start.tolist()
 
 
-def halves(decoder, tokens, **kwargs):
-    found = statistics.collect(decoder, tokens)
-    information = fisher.collect(jax.random.key(0), decoder, tokens)
+@pytest.fixture(scope="module")
+def measured(decoder, tokens):
+    found = statistics.collect(decoder, tokens, batch=1)
+    return found, fisher.collect(jax.random.key(0), decoder, tokens)
+
+
+def halves(found, information, **kwargs):
     out = []
     for half in ("key", "value"):
         metric = bases.shrunk(getattr(information, half + "s"), 0.1)
         basis = bases.karhunen_loeve(bases.shrunk(getattr(found, f"{half}_covariance"), 0.01), metric)
         mean = getattr(found, half + "s") / found.tokens
         out.append(fit.fit(basis, mean, getattr(found, f"{half}_samples"), **kwargs))
-    return found, information, out
+    return out
 
 
-def test_a_budget_is_spent_and_buys_less_loss(decoder, tokens):
-    found, information, fitted = halves(decoder, tokens)
+def test_a_budget_is_spent_and_buys_less_loss(measured):
+    found, information = measured
+    fitted = halves(found, information)
     last = math.inf
     for budget in (1.5, 2.5, 4.0):
         bits = fit.allocate(fitted, budget=budget, layer_groups=[[0], [1]])
@@ -276,6 +299,10 @@ def test_a_budget_is_spent_and_buys_less_loss(decoder, tokens):
         )  # fmt: skip
         assert loss < last
         last = loss
+        greedy = fit.allocate(fitted, budget=budget, layer_groups=[[0], [1]], method="greedy")
+        exact, cheap = (sum(map(fit.loss, fitted, choice)) for choice in (bits, greedy))
+        assert exact <= cheap * (1 + 1e-12)
+        assert np.mean(greedy) <= budget
     shared = fit.allocate(fitted, budget=2.5, layer_groups=[[0, 1]])
     assert all((half[0] == half[1]).all() for half in shared)
     with pytest.raises(ValueError, match="layer_groups must hold each of 2 layers once"):
@@ -284,8 +311,26 @@ def test_a_budget_is_spent_and_buys_less_loss(decoder, tokens):
         fit.allocate(fitted, budget=2.5, group=5, layer_groups=[[0, 1]])
 
 
-def test_calibrated_codes_lose_less_than_oblivious_ones(decoder, tokens):
-    found, information, fitted = halves(decoder, tokens)
+def test_without_a_gain_the_loss_of_a_choice_is_what_its_codes_lose(measured):
+    found, information = measured
+    fitted = halves(found, information, rule="none")
+    bits = fit.allocate(fitted, budget=2.5, layer_groups=[[0], [1]])
+    assert np.mean(bits) == 2.5, "no byte of it is for gains"
+    for name, half, choice in zip(("key", "value"), fitted, bits, strict=True):
+        lost = {"right": 0.0, "wrong": 0.0}
+        for layer, quantizer in enumerate(fit.build(half, choice)):
+            assert 8 * quantizer.bytes_per_vector == 8 * choice[layer].sum()
+            samples = getattr(found, f"{name}_samples")[layer]
+            for at, where in (("right", layer), ("wrong", 1 - layer)):
+                metric = bases.shrunk(getattr(information, name + "s")[where], 0.1)
+                lost[at] += sensitivity.predicted(quantizer, samples, metric)
+        assert lost["right"] == pytest.approx(fit.loss(half, choice), rel=1e-3)
+        assert lost["wrong"] != pytest.approx(fit.loss(half, choice), rel=1e-3)
+
+
+def test_calibrated_codes_lose_less_than_oblivious_ones(measured):
+    found, information = measured
+    fitted = halves(found, information)
     bits = fit.allocate(fitted, budget=2.5, layer_groups=[[0], [1]])
     built = [fit.build(half, b) for half, b in zip(fitted, bits, strict=True)]
     plain = turboquant.kv(jax.random.key(0), dim=DIM, bits_k=2, bits_v=2)
