@@ -168,9 +168,11 @@ def _rounded(levels: np.ndarray) -> Codebook:
     if len(levels) > 16:
         raise ValueError(f"codebook must have at most 16 levels, got {len(levels)}")
     if len(levels) == 16 and np.allclose(levels, -levels[::-1], rtol=0, atol=1e-6):
-        step = levels[-1] / 127.5
-        odd = np.floor(levels / step) + 0.5
-        return Codebook(centroids=jnp.asarray(odd * step, jnp.float32), grid="symmetric")
+        tops = levels[-1] * np.linspace(0.98, 1.02, 401)[:, None]
+        rounded = np.clip((np.floor(levels / tops * 127.5) + 0.5) / 127.5, -1, 1) * tops
+        rounded[:, :1], rounded[:, -1:] = -tops, tops
+        best = rounded[np.argmin(np.sum((rounded - levels) ** 2, axis=1))]
+        return Codebook(centroids=jnp.asarray(best, jnp.float32), grid="symmetric")
     low, step = levels[0], (levels[-1] - levels[0]) / 255
     return Codebook(centroids=jnp.asarray(low + np.rint((levels - low) / step) * step, jnp.float32), grid="bytes")
 

@@ -249,7 +249,7 @@ def test_what_is_not_supported_is_said():
         (usual_cache(residual), 1, "keys are held by Residual, not by quantizers.Scalar"),
         (usual_cache(values=quantizers.Exact(dim=64)), 1, "values are held by Exact, not by quantizers.Scalar"),
         (usual_cache(values=free), 1, "values have 5 bits and a codebook of grid 'free'"),
-        (usual_cache(dim=48), 1, "dim is 48, not one of 64, 80, 96, 128, 256"),
+        (usual_cache(dim=48), 1, "keys have dim 48, not one of 64, 80, 96, 128, 256"),
         (usual_cache(), 17, "17 query heads share a kv head, more than 16"),
         (usual_cache(capacity=40, sinks=9), 1, "there is room for 31 coded tokens, fewer than 32"),
         (usual_cache(capacity=32), 16, None),

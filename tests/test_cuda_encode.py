@@ -195,7 +195,7 @@ def test_what_is_not_supported_is_said():
         (turboquant.mse(jax.random.key(0), dim=64, bits=5), "vectors have 5 bits and a codebook of grid 'free'"),
         (
             quantizers.Scalar(rotation=usual.rotation, codebook=fewer, bits=2),
-            "the codebook has 3 levels, not 4",
+            "vectors have 3 levels, not 4",
         ),
         (caches.quantizer("4", 80, "identity"), "dim is 80, not 64, 128 or 256"),
         (usual, None),

@@ -9,8 +9,8 @@ References:
     rate", arXiv:2504.19874, algorithms 1 and 2, theorems 1 and 2.
 
 Differs from the paper: the rotation is a randomized Hadamard transform unless `rotation="haar"`; three more rules for
-the stored scale are offered; levels of 2 to 4 bits are rounded to 8 bits, as fused kernels want them, which costs less
-than .5 % of squared error; the sketch of `prod` is orthogonal.
+the stored scale are offered; where fused kernels are to read them, levels of 2 bits are equidistant and levels of 3
+and 4 bits rounded; the sketch of `prod` is orthogonal.
 """
 
 from typing import Literal
@@ -19,6 +19,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from jaxquant import codebooks, quantizers, rotations, sketch
+from jaxquant._kernels import nvrtc
 
 
 def mse(
@@ -30,7 +31,7 @@ def mse(
     rounds: int | None = None,
     scale: quantizers.ScaleRule = "norm",
     scale_dtype: quantizers.ScaleDtype = "float16",
-    equidistant: bool = False,
+    fused: bool | None = None,
 ) -> quantizers.Scalar:
     """Build the quantizer of least squared error.
 
@@ -43,8 +44,8 @@ def mse(
             the documentation's table of rotations says why.
         scale: what the stored scale keeps right; see `quantizers.Scalar`.
         scale_dtype: of the stored scale.
-        equidistant: take the best equidistant levels instead of the best levels: at 2 bits they cost 1.2 % of squared
-            error, and fused attention reads them faster.
+        fused: take levels that fused kernels read: equidistant at 2 bits (1.2 % more squared error), rounded to 8 bits
+            at 3 and 4 (less than .5 %). None does so where JAX sees an NVIDIA GPU.
 
     Raises:
         ValueError: an argument is not one of those listed; `dim` is odd with a Hadamard rotation.
@@ -67,10 +68,11 @@ def mse(
             turn = rotations.Identity(dim=dim)
         case _:
             raise ValueError(f"rotation must be hadamard, haar, rotor or identity, got {rotation!r}")
-    if equidistant:
+    fused = nvrtc.capability() is not None if fused is None else fused
+    if fused and bits == 2:
         codebook = codebooks.uniform(bits, dim=dim)
     else:
-        codebook = codebooks.lloyd_max(bits, dim=dim, grid=2 <= bits <= 4)
+        codebook = codebooks.lloyd_max(bits, dim=dim, grid=fused and bits in (3, 4))
     return quantizers.Scalar(rotation=turn, codebook=codebook, bits=bits, scale=scale, scale_dtype=scale_dtype)
 
 
@@ -99,18 +101,21 @@ def prod(
     return quantizers.Residual(scalar=scalar, sketch=sketch.orthogonal(second, dim))
 
 
-def kv(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int) -> tuple[quantizers.Scalar, quantizers.Scalar]:
+def kv(
+    key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int, fused: bool | None = None
+) -> tuple[quantizers.Scalar, quantizers.Scalar]:
     """Build the pair of quantizers for a cache: keys that keep their length, and values without bias at low bits.
 
     A key's length sets the temperature of the softmax. Errors of values average out over tokens and a bias does not, so
     at 1 and 2 bits, where it is 6 % and more, values are stored without it; above, they keep their length too, at a
-    smaller error. Perplexity agrees (docs/evaluation.md). Levels of 2 bits are equidistant.
+    smaller error. Perplexity agrees (docs/evaluation.md).
 
     Args:
         key: of both rotations.
         dim: of the vectors.
         bits_k: a coordinate of keys.
         bits_v: a coordinate of values.
+        fused: take levels that fused kernels read; see `mse`.
 
     Example:
         >>> keys, values = kv(jax.random.key(0), dim=128, bits_k=4, bits_v=2)
@@ -119,8 +124,8 @@ def kv(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int) -> tuple[quanti
     """
     first, second = jax.random.split(key)
     return (
-        mse(first, dim=dim, bits=bits_k, scale="preserve", equidistant=bits_k == 2),
-        mse(second, dim=dim, bits=bits_v, scale="unbiased" if bits_v <= 2 else "preserve", equidistant=bits_v == 2),
+        mse(first, dim=dim, bits=bits_k, scale="preserve", fused=fused),
+        mse(second, dim=dim, bits=bits_v, scale="unbiased" if bits_v <= 2 else "preserve", fused=fused),
     )
 
 
