@@ -75,7 +75,7 @@ def collect(
         >>> model = models.load()
         >>> ids = np.array([model.tokenizer.encode("import numpy as np")])
         >>> collect(jax.random.key(0), model.decoder, ids).values.shape
-        (4, 2, 64, 64)
+        (5, 2, 64, 64)
     """
     if labels not in ("model", "text"):
         raise ValueError(f"labels must be model or text, got {labels!r}")

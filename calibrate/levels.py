@@ -31,7 +31,7 @@ def fit(
         For each choice, the levels in increasing order and the weighted mean squared error.
 
     Example:
-        >>> fit(np.array([[-1.0], [-1.0], [3.0]]), np.ones(3), [1])
+        >>> fit(np.array([[-1.0], [-1.0], [3.0], [3.0]]), np.ones(4), [1])
         [(array([[-1.,  3.]]), array([0.]))]
     """
     data = _Sorted(samples, weights / weights.sum())

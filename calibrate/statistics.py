@@ -103,8 +103,8 @@ class Statistics:
         wanted = {field.name for field in dataclasses.fields(Statistics)}
         if arrays.keys() != wanted:
             raise ValueError(f"{path}: holds {', '.join(sorted(arrays))}; statistics are {', '.join(sorted(wanted))}")
-        whole = {name: int(arrays.pop(name).reshape(-1)[0]) for name in ("rows", "tokens")}
-        return Statistics(**whole, **arrays)
+        rows, tokens = (int(arrays.pop(name).reshape(-1)[0]) for name in ("rows", "tokens"))
+        return Statistics(rows=rows, tokens=tokens, **arrays)
 
 
 def collect(

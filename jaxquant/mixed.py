@@ -149,8 +149,8 @@ def root_mean_square(y: Float[Array, "*batch width"], weights: Float[Array, "*he
     """Give the weighted root mean square along the last axis, without overflow or underflow on the way.
 
     Example:
-        >>> root_mean_square(jnp.array([3.0, 4.0]), jnp.array([0.5, 0.5]))
-        Array(3.5355337, dtype=float32)
+        >>> root_mean_square(jnp.array([0.0, 4.0]), jnp.array([0.75, 0.25]))
+        Array(2., dtype=float32)
     """
     peak = jnp.maximum(jnp.max(jnp.abs(y), axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     return peak[..., 0] * jnp.sum(weights * (y / peak) ** 2, axis=-1) ** 0.5

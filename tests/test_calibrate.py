@@ -220,6 +220,20 @@ def test_exact_allocation_equals_brute_force(seed, items, choices):
     assert losses[index, cheap].sum() >= loss - 1e-12
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(2, 5))
+def test_greedy_allocation_is_exact_where_returns_diminish(seed, items, choices):
+    generator = np.random.default_rng(seed)
+    gains = -np.sort(-generator.random((items, choices - 1)), axis=1)
+    losses = np.pad(np.cumsum(gains[:, ::-1], axis=1)[:, ::-1], ((0, 0), (0, 1)))
+    costs = np.tile(np.arange(choices), (items, 1))
+    budget = int(generator.integers(0, items * (choices - 1) + 1))
+    index = np.arange(items)
+    best, cheap = (losses[index, solve(losses, costs, budget)].sum() for solve in (allocation.exact, allocation.greedy))
+    assert cheap == pytest.approx(best)
+    assert cheap == pytest.approx(losses[:, 0].sum() - np.sort(gains.reshape(-1))[::-1][:budget].sum())
+
+
 def test_allocation_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="budget must be at least 2"):
         allocation.exact(np.zeros((1, 2)), np.array([[2, 3]]), 1)
