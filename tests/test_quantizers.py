@@ -414,7 +414,7 @@ def test_codes_of_four_bits_are_a_sign_and_a_magnitude():
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_stored_levels_are_what_codes_decode_to(bits):
     made = turboquant.mse(jax.random.key(0), dim=256, bits=bits)
-    packed = packing.pack(jnp.arange(256, dtype=jnp.uint8) % 2**bits, bits=bits)
+    packed = packing.pack(jnp.arange(256) % 2**bits, bits=bits)
     levels = made.levels(quantizers.Quantized(codes=packed))
     assert np.array_equal(levels[: 2**bits], made.stored_levels)
     assert np.array_equal(np.sort(made.stored_levels), np.asarray(made.codebook.centroids))
