@@ -198,6 +198,19 @@ def test_crop_with_no_window_equals_never_appended():
         np.testing.assert_array_equal(got, want)
 
 
+def test_decode_after_crop_reads_from_codes_what_left_the_window():
+    q, k, v = tokens(6)
+    c = cache.append(empty(sinks=2, window=8), 0, k[:, :30], v[:, :30])
+    c = cache.crop(c, 25)  # the window now holds positions 22 to 24 and, beside them, tokens that are gone
+    out, lse = attention.decode_attention(q[:, 0], c, 0)
+    kk, vv = (np.repeat(np.asarray(x, np.float64)[:, :25], 2, axis=2) for x in cache.materialize(c, 0))
+    scores = np.einsum("bhd,bthd->bht", np.asarray(q[:, 0], np.float64), kk) * k.shape[-1] ** -0.5
+    weights = np.exp(scores)
+    np.testing.assert_allclose(lse, np.log(weights.sum(axis=-1)), atol=1e-5)
+    want = np.einsum("bht,bthd->bhd", weights / weights.sum(axis=-1, keepdims=True), vv)
+    np.testing.assert_allclose(out, want, atol=1e-5)
+
+
 def test_ragged_rows_decode_like_lonely_rows():
     q, k, v = tokens(6)
     c = empty(sinks=3, window=8)
