@@ -306,7 +306,7 @@ def _choose(implementation: Implementation | None, cache: KVCache, heads: int, r
     """Give the implementation for each stack."""
     if implementation not in (None, *Implementation.__args__):
         raise ValueError(f"implementation must be None, 'xla', 'cuda' or 'pallas', got {implementation!r}")
-    if implementation == "xla" or (implementation is None and nvrtc.capability() is None):
+    if implementation == "xla" or (implementation is None and not nvrtc.available()):
         return ("xla",) * len(cache.stacks)
     if implementation == "pallas":
         obstacles = [pallas.supports(stack) for stack in cache.stacks]

@@ -165,7 +165,7 @@ def _choose(implementation: Implementation | None, cache: KVCache) -> tuple[tupl
     """Say for the keys and values of each stack whether the fused kernel codes them."""
     if implementation not in (None, "xla", "cuda"):
         raise ValueError(f"implementation must be None, 'xla' or 'cuda', got {implementation!r}")
-    if implementation == "xla" or (implementation is None and nvrtc.capability() is None):
+    if implementation == "xla" or (implementation is None and not nvrtc.available()):
         return ((False, False),) * len(cache.stacks)
     stores = [(stack.keys, stack.values) for stack in cache.stacks]
     obstacles = [[cuda_encode.unsupported(store) for store in pair] for pair in stores]

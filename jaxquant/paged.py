@@ -212,7 +212,7 @@ def decode_attention_paged(
 def _choose(implementation: str | None, pages: Pages, heads: int) -> str:
     if implementation not in (None, "xla", "cuda", "pallas"):
         raise ValueError(f"implementation must be None, 'xla', 'cuda' or 'pallas', got {implementation!r}")
-    if implementation == "xla" or (implementation is None and nvrtc.capability() is None):
+    if implementation == "xla" or (implementation is None and not nvrtc.available()):
         return "xla"
     if implementation == "pallas":
         codes = ((pages.keys, pages.key_codes), (pages.values, pages.value_codes))

@@ -12,7 +12,7 @@ from cuda import caches, emulate
 from jaxtyping import TypeCheckError
 
 from jaxquant import attention, cache, quantizers
-from jaxquant._kernels import cuda, xla
+from jaxquant._kernels import cuda, nvrtc, xla
 from jaxquant._stacks import KVCache
 from jaxquant.methods import turboquant
 
@@ -270,3 +270,9 @@ def test_a_misspelt_implementation_is_an_error():
     message = "implementation must be None, 'xla' or 'cuda', got 'cudda'|Type-check"
     with pytest.raises((ValueError, TypeCheckError), match=message):
         attention.decode_attention(jnp.ones((1, 1, 64)), usual_cache(), 0, implementation=wrong)
+
+
+@pytest.mark.parametrize(("lowest", "expected"), [(None, False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_kernels_are_for_gpus_from_8_0_on(monkeypatch, lowest, expected):
+    monkeypatch.setattr(nvrtc, "capability", lambda: lowest)
+    assert nvrtc.available() is expected

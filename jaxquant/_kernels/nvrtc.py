@@ -58,6 +58,12 @@ def capability() -> tuple[int, int] | None:
     return min(tuple(int(part) for part in device.compute_capability.split(".")) for device in devices)  # pyright: ignore
 
 
+def available() -> bool:
+    """Say whether JAX sees NVIDIA GPUs and the kernels run on all of them: they need compute capability 8.0."""
+    lowest = capability()
+    return lowest is not None and lowest >= (8, 0)
+
+
 @functools.cache
 def compile_ptx(source: str, capability: tuple[int, int]) -> str:
     """Compile CUDA C++ for a compute capability.

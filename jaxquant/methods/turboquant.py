@@ -68,7 +68,7 @@ def mse(
             turn = rotations.Identity(dim=dim)
         case _:
             raise ValueError(f"rotation must be hadamard, haar, rotor or identity, got {rotation!r}")
-    fused = nvrtc.capability() is not None if fused is None else fused
+    fused = nvrtc.available() if fused is None else fused
     if fused and bits == 2:
         codebook = codebooks.uniform(bits, dim=dim)
     else:
