@@ -12,6 +12,8 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
+import re
 import statistics
 import sys
 import time
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import device_profile
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -124,7 +127,16 @@ def plain(model: Model, batch: int, context: int, steps: int) -> tuple:
     return rewound((buffers, None)), attend, rewound
 
 
-def measure(model: Model, matrices: list, batch: int, steps: int, made: tuple) -> dict[str, float]:
+def copied_bytes(program: str) -> int:
+    """Give the bytes of the largest array that a compiled program copies, slices or transposes as an operation."""
+    sizes = {"s8": 1, "u8": 1, "pred": 1, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
+    found = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* (?:copy|copy-start|dynamic-slice|slice|transpose)\(", program)
+    return max(
+        (sizes.get(kind, 4) * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in found), default=0
+    )
+
+
+def measure(model: Model, matrices: list, batch: int, steps: int, made: tuple, profiled: bool) -> dict[str, float]:
     """Time runs of `steps` steps."""
     held, attend, rewound = made
 
@@ -143,12 +155,18 @@ def measure(model: Model, matrices: list, batch: int, steps: int, made: tuple) -
         held = rewound(held)
     assert bool(jnp.all(jnp.isfinite(out))), "the steps ran into infinity"
     seconds = statistics.median(times[1:])
+    if profiled:
+        seen = device_profile.profile(lambda: compiled(matrices, held, x))
+        seen.show(steps)
+        print(f"  copies to the host during {steps} steps: {seen.copies_to_host()}")
+        assert seen.work, "the profiler saw nothing"
     live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "tokens_per_second": batch * steps / seconds,
         "ms_per_step": seconds / steps * 1e3,
         "peak_bytes": live + memory.temp_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "largest_copy_bytes": copied_bytes(compiled.as_text()),
     }
 
 
@@ -161,6 +179,8 @@ def main() -> int:
     parser.add_argument("--context", default="256" if tiny else "32768,131072", help="tokens, with commas")
     parser.add_argument("--batch", default="2" if tiny else "16,4", help="rows, one number for each context")
     parser.add_argument("--steps", type=int, default=8, help="of a run")
+    parser.add_argument("--weights", choices=("with", "without", "both"), default="both")
+    parser.add_argument("--profile", action="store_true", help="list the kernels and copies of a run")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model = Model(layers=2, heads=8, kv_heads=2, mlp=512) if tiny else Model()
@@ -175,7 +195,7 @@ def main() -> int:
     contexts, batches = ([int(x) for x in names.split(",")] for names in (arguments.context, arguments.batch))
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {model}", flush=True)
     for context, batch in zip(contexts, batches, strict=True):
-        for matrices in ([], every):
+        for matrices in {"with": [every], "without": [[]], "both": [[], every]}[arguments.weights]:
             print(f"\n{batch} rows of {context:,} tokens, {'with' if matrices else 'without'} weights")
             base = None
             for name, make in caches.items():
@@ -183,18 +203,17 @@ def main() -> int:
                 rows.append(row)
                 try:
                     made = make(model, batch, context, steps=arguments.steps)
-                    row |= measure(model, matrices, batch, arguments.steps, made)
+                    row |= measure(model, matrices, batch, arguments.steps, made, arguments.profile)
                 except Exception as problem:  # one that does not fit or is not there must not end the others
                     row["failed"] = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:160]
                     print(f"{name:<16}{row['failed']}", flush=True)
                     continue
                 base = row["tokens_per_second"] if name == "bf16" else base
                 ratio = f"{row['tokens_per_second'] / base:6.2f} x bf16" if base else ""
-                print(
-                    f"{name:<16}{row['tokens_per_second']:>10,.0f} tokens/s{row['ms_per_step']:>10.2f} ms/step"
-                    f"{row['peak_bytes'] / 2**30:>9.2f} GiB ({row['temporary_bytes'] / 2**20:,.0f} MiB extra){ratio}",
-                    flush=True,
-                )
+                memory = f"{row['peak_bytes'] / 2**30:>9.2f} GiB ({row['temporary_bytes'] / 2**20:,.0f} MiB extra"
+                memory += f", largest copy {row['largest_copy_bytes'] / 2**20:,.1f})"
+                speed = f"{row['tokens_per_second']:>10,.0f} tokens/s{row['ms_per_step']:>10.2f} ms/step"
+                print(f"{name:<16}{speed}{memory}{ratio}", flush=True)
                 del made
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"device": jax.devices()[0].device_kind, "results": rows}) + "\n")

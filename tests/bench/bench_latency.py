@@ -1,0 +1,54 @@
+"""What a short decode attention is made of: the kernels of one call and the gaps between them, beside cuDNN's.
+
+    python tests/bench/bench_latency.py [--tokens 4096] [--bits K4V4,K2V2]
+
+One row, 32 heads, 8 kv heads of 128. Times come from JAX's profiler over a loop of calls, each of which waits for the
+one before.
+"""
+
+import argparse
+import functools
+
+import device_profile
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant import _stopwatch, attention, attention_benchmark
+
+CALLS = 64
+
+
+def main() -> None:
+    """Print a profile for each."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--bits", default="K4V4,K2V2")
+    arguments = parser.parse_args()
+    shape = attention_benchmark.Shape(batch=1, tokens=arguments.tokens, heads=32, kv_heads=8, dim=128)
+    q = jax.random.normal(jax.random.key(1), (1, 32, 128), jnp.bfloat16)
+    base = jax.random.normal(jax.random.key(0), (2**20,), jnp.bfloat16)
+    k = _stopwatch.tiled(base, (1, arguments.tokens, 8, 128))
+
+    def packed(q, held):
+        return attention.decode_attention(q, held, 0, implementation="cuda")[0]
+
+    def cudnn(q, held):
+        return jax.nn.dot_product_attention(q[:, None], *held, implementation="cudnn")[:, 0]
+
+    calls = {"cudnn": (cudnn, (k, k[:, ::-1]))}
+    for bits in arguments.bits.split(","):
+        calls[bits] = packed, attention_benchmark.filled(shape, attention_benchmark.widths(bits), layers=1)
+    for name, (attend, held) in calls.items():
+
+        @functools.partial(jax.jit)
+        def run(q, held, attend=attend):
+            return lax.fori_loop(0, CALLS, lambda _, q: _stopwatch.chained(q, attend(q, held)), q)
+
+        jax.block_until_ready(run(q, held))
+        print(f"{name}, {arguments.tokens:,} tokens, all calls alike")
+        device_profile.profile(lambda run=run, held=held: run(q, held)).show(CALLS)
+
+
+if __name__ == "__main__":
+    main()
