@@ -145,7 +145,9 @@ def measure(model: Model, matrices: list, batch: int, steps: int, made: tuple, p
         return lax.fori_loop(0, steps, lambda _, carry: step(model, attend, matrices, *carry), (held, x))
 
     x = jax.random.normal(jax.random.key(1), (batch, model.hidden), jnp.bfloat16)
+    start = time.perf_counter()
     compiled = run.lower(matrices, held, x).compile()
+    compiling = time.perf_counter() - start
     memory = compiled.memory_analysis()
     times, out = [], x
     for _ in range(RUNS + 1):
@@ -166,6 +168,7 @@ def measure(model: Model, matrices: list, batch: int, steps: int, made: tuple, p
         "ms_per_step": seconds / steps * 1e3,
         "peak_bytes": live + memory.temp_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "compile_seconds": compiling,
         "largest_copy_bytes": copied_bytes(compiled.as_text()),
     }
 
@@ -211,7 +214,8 @@ def main() -> int:
                 base = row["tokens_per_second"] if name == "bf16" else base
                 ratio = f"{row['tokens_per_second'] / base:6.2f} x bf16" if base else ""
                 memory = f"{row['peak_bytes'] / 2**30:>9.2f} GiB ({row['temporary_bytes'] / 2**20:,.0f} MiB extra"
-                memory += f", largest copy {row['largest_copy_bytes'] / 2**20:,.1f})"
+                memory += f", largest copy {row['largest_copy_bytes'] / 2**20:,.1f}, compiled in "
+                memory += f"{row['compile_seconds']:.0f} s)"
                 speed = f"{row['tokens_per_second']:>10,.0f} tokens/s{row['ms_per_step']:>10.2f} ms/step"
                 print(f"{name:<16}{speed}{memory}{ratio}", flush=True)
                 del made
