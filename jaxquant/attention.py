@@ -2,7 +2,7 @@
 
 Both read the same tokens in the same way. For a query at position p, the first `sinks` tokens and the newest `window`
 tokens up to p are exact and every other token is decoded from its code, so that the result does not depend on how the
-input was cut into chunks. Parts are joined by their log-sum-exp.
+input was cut into chunks, unless `prefill_attention` is asked for more. Parts are joined by their log-sum-exp.
 """
 
 import functools
@@ -89,6 +89,7 @@ def prefill_attention(
     soft_cap: Number | None = None,
     sliding_window: int | Integer[Array, ""] | None = None,
     visible: Bool[Array, "batch capacity"] | None = None,
+    chunk: Literal["codes", "exact"] = "codes",
 ) -> tuple[Float[Array, "batch new heads dim"], Float[Array, "batch new heads"], KVCache]:
     """Append a chunk of tokens to one layer and attend causally from each of them.
 
@@ -103,6 +104,9 @@ def prefill_attention(
         soft_cap: bound of the scores, `cap * tanh(score / cap)`.
         sliding_window: newest tokens that may be seen, the query's own included; all if None.
         visible: False hides the token at that position of the row.
+        chunk: how the chunk's own tokens are read: "codes" as decoding will read them, whatever the chunks were;
+            "exact" as they are given, with the whole exact window before them, which is closer to attention without a
+            cache, and depends on how the input was cut.
 
     Returns:
         The output in q's dtype, the natural log-sum-exp of the scores in float32, and the cache after the append.
@@ -125,8 +129,10 @@ def prefill_attention(
     _check_rule(cache, soft_cap, sliding_window, visible)
     if not q.shape[1]:
         return q, jnp.zeros(q.shape[:3], jnp.float32), after
+    if chunk not in ("codes", "exact"):
+        raise ValueError(f"chunk must be 'codes' or 'exact', got {chunk!r}")
     rule = _rule(cache, scale, soft_cap, sliding_window, visible)
-    out, lse = _prefill(cache, after, *resolve(cache, layer), q, k, v, mask, rule)
+    out, lse = _prefill(cache, after, *resolve(cache, layer), q, k, v, mask, rule, exact=chunk == "exact")
     return out, lse, after
 
 
@@ -175,7 +181,7 @@ def _decode(
     return switch(cache, layer, stack, attend)
 
 
-@functools.partial(jax.jit, static_argnames="stack")
+@functools.partial(jax.jit, static_argnames=("stack", "exact"))
 def _prefill(
     before: KVCache,
     after: KVCache,
@@ -186,6 +192,7 @@ def _prefill(
     v: Array,
     mask: Array | None,
     rule: xla.Rule,
+    exact: bool,
 ) -> tuple[Array, Array]:
     new = q.shape[1]
     start, exact_from = before.length[layer], before.exact_from[layer]
@@ -199,23 +206,29 @@ def _prefill(
 
     def attend(which: int, index: Index) -> tuple[Array, Array]:
         held, old = after.stacks[which], before.stacks[which]
-        band = [_band(old, index, start, exact_from, x, i) for i, x in enumerate((k, v))] if held.window else []
+        # Entry e of the band is the token at position start - window + e.
+        banded = exact or held.window
+        band = [_band(old, index, start, x, i) for i, x in enumerate((k, v))] if banded else []
 
         def chunk(first: Int[Array, ""], size: int) -> tuple[Array, Array]:
             where = _repeat(lax.dynamic_slice_in_dim(position, first, size, axis=1), q.shape[2], held)
             queries = _rows(lax.dynamic_slice_in_dim(q, first, size, axis=1), held)
+            newest = jnp.minimum(where, start[:, None] - 1) if exact else where
             parts = [
-                xla.coded(held, index, queries, where, exact_from, rule),
+                xla.coded(held, index, queries, where, exact_from, rule, newest=newest),
                 *_sinks(held, index, queries, where, rule),
             ]
-            if band:
-                # Entry e of the band is the token at position start - window + e.
-                span = size + held.window
-                token = (start - held.window + first)[:, None] + jnp.arange(span, dtype=jnp.int32)
+            if banded:
+                span = new + held.window if exact else size + held.window
+                begin = 0 if exact else first
+                token = (start - held.window + begin)[:, None] + jnp.arange(span, dtype=jnp.int32)
                 known = (token >= exact_from[:, None]) & (token >= held.sinks)
-                keys, values = (lax.dynamic_slice_in_dim(x, first, span, axis=2) for x in band)
                 token = jnp.where(known, token, -1)
-                parts.append(xla.exact(queries, keys, values, where, token, rule, window=held.window))
+                if exact:
+                    parts.append(xla.recent(queries, *band, where, token, rule, first + size + held.window))
+                else:
+                    keys, values = (lax.dynamic_slice_in_dim(x, first, span, axis=2) for x in band)
+                    parts.append(xla.exact(queries, keys, values, where, token, rule, window=held.window))
             out, lse = xla.merge(parts)
             return _heads(out, size).astype(q.dtype), _heads(lse[..., None], size)[..., 0]
 
@@ -240,12 +253,15 @@ def _sinks(held: Stack, index: Index, queries: Array, where: Array, rule: xla.Ru
     return [xla.exact(queries, held.keys.sinks[index], held.values.sinks[index], where, token, rule)]
 
 
-def _band(old: Stack, index: Index, start: Array, exact_from: Array, x: Array, which: int) -> Array:
+def _band(old: Stack, index: Index, start: Array, x: Array, which: int) -> Array:
     """Line up the window as it was before the chunk with the chunk itself: [batch, kv_heads, window + new, dim]."""
+    new = jnp.swapaxes(x, 1, 2)
+    if not old.window:
+        return new
     ring = (old.keys, old.values)[which].window
     slot = (start[:, None] - old.window + jnp.arange(old.window, dtype=jnp.int32)) % old.window
     past = jnp.take_along_axis(ring[index], slot[:, None, :, None], axis=2)
-    return jnp.concatenate([past, jnp.swapaxes(x, 1, 2).astype(ring.dtype)], axis=2)
+    return jnp.concatenate([past, new.astype(ring.dtype)], axis=2)
 
 
 def _rows(q: Float[Array, "batch new heads dim"], held: Stack) -> Float[Array, "batch kv_heads rows dim"]:

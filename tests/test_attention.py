@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxquant import attention, cache, quantizers
+from jaxquant._kernels import xla
 from jaxquant.methods import turboquant
 
 DIM, HEADS, KV_HEADS, CAPACITY = 16, 4, 2, 64
@@ -43,8 +44,13 @@ def coded(quantizer, x):
     return np.asarray(quantizers.dequantize(quantizer, quantizers.quantize(quantizer, x)), np.float64)
 
 
-def oracle(q, k, v, *, keys, values, sinks=0, window=0, scale=None, soft_cap=None, sliding_window=None, visible=None):
-    """Dense causal attention of one row in float64: each query reads exact or coded tokens by their distance."""
+def oracle(
+    q, k, v, *, keys, values, sinks=0, window=0, scale=None, soft_cap=None, sliding_window=None, visible=None, cuts=None
+):
+    """Dense causal attention of one row in float64: each query reads exact or coded tokens by their distance.
+
+    With `cuts`, the lengths of chunks, tokens are exact from `window` before the query's own chunk on.
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     k_coded, v_coded = coded(keys, k.astype(np.float32)), coded(values, v.astype(np.float32))
     new, heads, dim = q.shape
@@ -57,7 +63,13 @@ def oracle(q, k, v, *, keys, values, sinks=0, window=0, scale=None, soft_cap=Non
             seen = seen[visible[seen]]
         if not len(seen):
             continue
-        exact = ((seen < sinks) | (seen > p - window))[:, None, None]
+        exact = seen < sinks
+        if cuts is None:
+            exact |= seen > p - window
+        else:
+            begins = np.cumsum((0, *cuts))
+            exact |= seen >= begins[begins <= p][-1] - window
+        exact = exact[:, None, None]
         kk, vv = np.where(exact, k[seen], k_coded[seen]), np.where(exact, v[seen], v_coded[seen])
         for h in range(heads):
             g = h // (heads // k.shape[1])
@@ -115,6 +127,45 @@ def test_prefill_equals_oracle_for_any_chunking(case, cuts):
         with pytest.raises(AssertionError):
             assert_same((out[row], lse[row]), oracle(q[row], k[row], v[row], keys=values, values=values, **case))
     assert c.length.tolist() == [[0, 0], [40, 40]]
+
+
+@pytest.mark.parametrize("cuts", [(40,), (17, 23), (1, 6, 6, 6, 6, 6, 9)], ids=["one", "two", "seven"])
+def test_exact_chunks_equal_oracle(case, cuts, monkeypatch):
+    monkeypatch.setattr(attention, "_QUERY_CHUNK", 16)
+    monkeypatch.setattr(xla, "BLOCK", 16)
+    held, rule = split(case)
+    c, ordinary = empty(**held), empty(**held)
+    q, k, v = tokens(0)
+    outs = []
+    for start, stop in zip(np.cumsum((0, *cuts))[:-1], np.cumsum(cuts), strict=True):
+        given = q[:, start:stop], k[:, start:stop], v[:, start:stop]
+        out, lse, c = attention.prefill_attention(*given, c, 1, chunk="exact", **rule)
+        _, _, ordinary = attention.prefill_attention(*given, ordinary, 1, **rule)
+        outs.append((out, lse))
+    out, lse = (np.concatenate(part, axis=1) for part in zip(*outs, strict=True))
+    keys, values = pair()
+    for row in range(2):
+        assert_same((out[row], lse[row]), oracle(q[row], k[row], v[row], keys=keys, values=values, cuts=cuts, **case))
+        with pytest.raises(AssertionError):
+            other = oracle(q[row], k[row], v[row], keys=keys, values=values, cuts=(20, 20), **case)
+            assert_same((out[row], lse[row]), other)
+    chex.assert_trees_all_equal(c, ordinary)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_exact_chunks_skip_padding_that_is_not_a_number(window):
+    q, k, v = tokens(3, new=12)
+    mask = jnp.arange(12) % 3 != jnp.arange(2)[:, None]
+    bad = jnp.where(mask[..., None, None], k, jnp.nan)
+    out, lse, _ = attention.prefill_attention(q, bad, v, empty(window=window), 0, mask=mask, chunk="exact")
+    for row in range(2):
+        kept = np.flatnonzero(mask[row])
+        alone = [x[row : row + 1, kept] for x in (q, k, v)]
+        one = empty(window=window, batch=1)
+        want, want_lse, _ = attention.prefill_attention(*alone, one, 0, chunk="exact")
+        assert_same((out[row, kept], lse[row, kept]), (want[0], want_lse[0]))
+        with pytest.raises(AssertionError):
+            assert_same((out[row, kept], lse[row, kept]), (want[0, ::-1], want_lse[0]))
 
 
 def test_decode_equals_prefill_token_by_token(case):

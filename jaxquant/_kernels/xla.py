@@ -5,6 +5,7 @@ each row's place in its sequence (negative: padding, sees nothing). `coded` and 
 over a part of the tokens, and `merge` joins parts as if all scores had gone through one softmax.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -41,48 +42,90 @@ def coded(
     position: Int[Array, "batch rows"],
     exact_from: Int[Array, " batch"],
     rule: Rule,
+    *,
+    newest: Int[Array, "batch rows"] | None = None,
 ) -> Partial:
     """Attend to the coded tokens, a block at a time, with an online softmax.
 
     The query is projected once and the output restored once; the loop looks codes up and multiplies. A token that a row
-    reads from the exact window is left out for that row.
+    reads from the exact window, which ends with `newest` (the row's own position if None), is left out for that row,
+    as is every token after it.
     """
+    newest = position if newest is None else newest
     block = min(BLOCK, stack.slots)
     keys, values = stack.keys.at(index), stack.values.at(index)
     projected = keys.project(q * rule.scale)
     width = jax.eval_shape(lambda store: _expand(values, store, index, 0, block), stack.values).shape[-1]
-    rows = projected.shape[:-1]
 
-    def body(i: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        peak, total, acc = carry
+    def block_of(i: Int[Array, ""]) -> tuple[Array, Array]:
         start = jnp.minimum(i * block, stack.slots - block)
         token = start + jnp.arange(block, dtype=jnp.int32) + stack.sinks
         scores = _cap(_scores(projected, _expand(keys, stack.keys, index, start, block)), rule.soft_cap)
-        seen = _sees(position, token, rule, start + stack.sinks)
-        in_window = token > (position[:, :, None] - stack.window)
+        seen = _sees(position, token, rule, start + stack.sinks) & (token <= newest[:, :, None])
+        in_window = token > (newest[:, :, None] - stack.window)
         seen &= ~in_window | (token < exact_from[:, None, None])
         seen &= token >= i * block + stack.sinks  # the last block overlaps the one before it
-        scores = jnp.where(seen[:, None], scores, -jnp.inf)
-        new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
-        safe = jnp.where(jnp.isfinite(new_peak), new_peak, 0.0)
-        weights = jnp.exp(scores - safe[..., None])
-        decay = jnp.exp(peak - safe)
-        total = total * decay + jnp.sum(weights, axis=-1)
-        acc = acc * decay[..., None] + _mix(weights, _expand(values, stack.values, index, start, block))
-        return new_peak, total, acc
+        return jnp.where(seen[:, None], scores, -jnp.inf), _expand(values, stack.values, index, start, block)
 
-    stop = jnp.clip(jnp.max(position) + 1 - stack.sinks, 0, stack.slots)
+    stop = jnp.clip(jnp.max(newest) + 1 - stack.sinks, 0, stack.slots)
     first = jnp.int32(0)
     if rule.sliding_window is not None:
         oldest = jnp.min(jnp.where(position < 0, jnp.iinfo(jnp.int32).max, position))
         first = jnp.clip(oldest - rule.sliding_window + 1 - stack.sinks, 0, stack.slots) // block
-    start = (
-        jnp.full(rows, -jnp.inf, jnp.float32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.zeros((*rows, width), jnp.float32),
-    )
-    peak, total, acc = lax.fori_loop(first, -(-stop // block), body, start)
+    peak, total, acc = _online((*projected.shape[:-1], width), first, -(-stop // block), block_of)
     return _normalize(peak, total, values.restore(acc))
+
+
+def recent(
+    q: Float[Array, "batch kv_heads rows dim"],
+    k: Float[Array, "batch kv_heads tokens dim"],
+    v: Float[Array, "batch kv_heads tokens dim"],
+    position: Int[Array, "batch rows"],
+    token: Int[Array, "batch tokens"],
+    rule: Rule,
+    stop: Int[Array, ""],
+) -> Partial:
+    """Attend as `exact` does to the first `stop` of many tokens, a block at a time."""
+    count = k.shape[2]
+    block = min(BLOCK, count)
+    q = q.astype(jnp.float32) * rule.scale
+
+    def block_of(i: Int[Array, ""]) -> tuple[Array, Array]:
+        start = jnp.minimum(i * block, count - block)
+        keys, values = (
+            jnp.nan_to_num(lax.dynamic_slice_in_dim(x, start, block, axis=2).astype(jnp.float32)) for x in (k, v)
+        )
+        place = lax.dynamic_slice_in_dim(token, start, block, axis=1)
+        seen = _sees(position, place[:, None, :], rule, None) & (place >= 0)[:, None, :]
+        seen &= start + jnp.arange(block, dtype=jnp.int32) >= i * block
+        return jnp.where(seen[:, None], _cap(_scores(q, keys), rule.soft_cap), -jnp.inf), values
+
+    return _normalize(*_online(q.shape, jnp.int32(0), -(-stop // block), block_of))
+
+
+def _online(
+    shape: tuple[int, ...],
+    first: Int[Array, ""],
+    stop: Int[Array, ""],
+    block_of: Callable[[Int[Array, ""]], tuple[Array, Array]],
+) -> tuple[Array, Array, Array]:
+    """Pass blocks of (masked scores, values) through one softmax: its peak, its sum, and the weighted sum of values."""
+
+    def body(i: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        peak, total, acc = carry
+        scores, values = block_of(i)
+        new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
+        safe = jnp.where(jnp.isfinite(new_peak), new_peak, 0.0)
+        weights = jnp.exp(scores - safe[..., None])
+        decay = jnp.exp(peak - safe)
+        return new_peak, total * decay + jnp.sum(weights, axis=-1), acc * decay[..., None] + _mix(weights, values)
+
+    start = (
+        jnp.full(shape[:-1], -jnp.inf, jnp.float32),
+        jnp.zeros(shape[:-1], jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+    )
+    return lax.fori_loop(first, stop, body, start)
 
 
 def exact(
