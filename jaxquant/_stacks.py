@@ -1,5 +1,6 @@
 """What a cache is made of: stacks of layers with packed codes, exact first tokens and a ring of exact newest tokens."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Integer, PyTree
 
 from jaxquant._pytree import pytree, static
+from jaxquant._spread import Spread
 from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import PerLayer
 
@@ -75,12 +77,14 @@ class KVCache:
         exact_from: first position the window still holds exactly, [layers, batch]; it moves only when `crop` shortens a
             row, since tokens that left the window cannot come back.
         places: for each layer, its stack and its index there.
+        spread: how tokens are dealt out to devices, or None where each has them all; see `sharding`.
     """
 
     stacks: tuple[Stack, ...]
     length: Int[Array, "layers batch"]
     exact_from: Int[Array, "layers batch"]
     places: tuple[tuple[int, int], ...] = static()
+    spread: Spread | None = static(default=None)
 
     @property
     def layers(self) -> int:
@@ -105,7 +109,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Most tokens a row can hold."""
-        return self.stacks[0].sinks + self.stacks[0].slots
+        return self.stacks[0].sinks + (self.stacks[0].slots if self.spread is None else self.spread.slots)
 
     @property
     def nbytes(self) -> int:
@@ -186,6 +190,7 @@ def write(
     position: Int[Array, "batch new"],
     length: Int[Array, " batch"],
     encode: Callable[[Store, Index, Array, Array], PyTree[Any]] | None = None,
+    spread: Spread | None = None,
 ) -> Store:
     """Store new tokens of layer `index`.
 
@@ -197,19 +202,23 @@ def write(
         length: of each row, the new tokens included.
         encode: codes tokens [batch, new, kv_heads, dim] into slots [batch, new] (negative: dropped) and returns the
             store's codes; None quantizes, then scatters.
+        spread: where given, the codes of other devices' tokens are dropped.
     """
-    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     sinks, window = store.sinks.shape[3], store.window.shape[3]
     held = position < length[:, None]
+
+    @functools.partial(jax.vmap, in_axes=(1, 0, 0), out_axes=1)  # rows stay apart, also where devices share them
+    def scatter(leaf: Array, slot: Array, tokens: Array) -> Array:
+        return leaf.at[index, :, slot].set(tokens, mode="drop")
 
     def put(leaf: Array, slot: Array, tokens: Array) -> Array:
         slot = jnp.where(held & (slot >= 0), slot, leaf.shape[3])
         tokens = jnp.swapaxes(tokens, 1, 2).astype(leaf.dtype)
         if leaf.dtype != jnp.bfloat16:
-            return leaf.at[index, rows, :, slot].set(tokens, mode="drop")
+            return scatter(leaf, slot, tokens)
         # As bits: a CPU has no bfloat16 scatter, and would widen the whole buffer for every token.
         bits, tokens = (lax.bitcast_convert_type(x, jnp.uint16) for x in (leaf, tokens))
-        return lax.bitcast_convert_type(bits.at[index, rows, :, slot].set(tokens, mode="drop"), jnp.bfloat16)
+        return lax.bitcast_convert_type(scatter(bits, slot, tokens), jnp.bfloat16)
 
     exact_sinks, exact_window = store.sinks, store.window
     if sinks:
@@ -217,11 +226,11 @@ def write(
     if window:
         newest = position >= length[:, None] - window
         exact_window = put(store.window, jnp.where(newest, position % window, -1), x)
+    slot = position - sinks if spread is None else spread.slot(position - sinks)
     if encode is not None:
-        codes = encode(store, index, jnp.swapaxes(x, 1, 2), jnp.where(held, position - sinks, -1))
+        codes = encode(store, index, jnp.swapaxes(x, 1, 2), jnp.where(held, slot, -1))
     else:
-        coded = store.at(index).quantize(x)
-        codes = jax.tree.map(lambda leaf, new: put(leaf, position - sinks, new), store.codes, coded)
+        codes = jax.tree.map(lambda leaf, new: put(leaf, slot, new), store.codes, store.at(index).quantize(x))
     return Store(quantizer=store.quantizer, codes=codes, sinks=exact_sinks, window=exact_window)
 
 

@@ -163,12 +163,15 @@ def _decode(
         queries = _rows(q[:, None], held)
         where = _repeat(position, q.shape[1], held)
         if chosen[which] == "cuda":
-            exact = held.sinks or held.window  # parts are joined in float32
+            exact = held.sinks or held.window or cache.spread is not None  # parts are joined in float32
             fused = q.astype(jnp.float32) if exact else q
-            parts = [cuda.coded(held, index, fused, layer, cache.length, cache.exact_from, rule)]
+            parts = [cuda.coded(held, index, fused, layer, cache.length, cache.exact_from, rule, cache.spread)]
+        elif chosen[which] == "pallas":
+            parts = [pallas.coded(held, index, queries, where, exact_from, rule)]
         else:
-            portable = pallas if chosen[which] == "pallas" else xla
-            parts = [portable.coded(held, index, queries, where, exact_from, rule)]
+            parts = [xla.coded(held, index, queries, where, exact_from, rule, spread=cache.spread)]
+        if cache.spread is not None:
+            parts = xla.gathered(parts[0], cache.spread)
         parts += _sinks(held, index, queries, where, rule)
         if held.window:
             token = _stacks.ring_positions(length, held.window)
@@ -214,10 +217,10 @@ def _prefill(
             where = _repeat(lax.dynamic_slice_in_dim(position, first, size, axis=1), q.shape[2], held)
             queries = _rows(lax.dynamic_slice_in_dim(q, first, size, axis=1), held)
             newest = jnp.minimum(where, start[:, None] - 1) if exact else where
-            parts = [
-                xla.coded(held, index, queries, where, exact_from, rule, newest=newest),
-                *_sinks(held, index, queries, where, rule),
-            ]
+            parts = [xla.coded(held, index, queries, where, exact_from, rule, newest=newest, spread=after.spread)]
+            if after.spread is not None:
+                parts = xla.gathered(parts[0], after.spread)
+            parts += _sinks(held, index, queries, where, rule)
             if banded:
                 span = new + held.window if exact else size + held.window
                 begin = 0 if exact else first
@@ -325,9 +328,10 @@ def _choose(implementation: Implementation | None, cache: KVCache, heads: int, r
     if implementation == "xla" or (implementation is None and not nvrtc.available()):
         return ("xla",) * len(cache.stacks)
     if implementation == "pallas":
-        obstacles = [pallas.supports(stack) for stack in cache.stacks]
+        dealt = None if cache.spread is None else "its tokens are dealt out to devices"
+        obstacles = [dealt or pallas.supports(stack) for stack in cache.stacks]
     else:
-        obstacles = [cuda.unsupported(stack, heads // cache.kv_heads, rule) for stack in cache.stacks]
+        obstacles = [cuda.unsupported(stack, heads // cache.kv_heads, rule, cache.spread) for stack in cache.stacks]
     if implementation is not None and all(obstacles):
         raise ValueError(f"implementation {implementation!r} cannot read this cache: {obstacles[0]}")
     return tuple("xla" if obstacle else implementation or "cuda" for obstacle in obstacles)

@@ -7,6 +7,7 @@ beside their codes, in a ring. Nothing is coded twice, so any way of cutting the
 Layers are stacked on a leading axis. Layers named in `exact_layers` form a second stack, which is not compressed.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
@@ -199,18 +200,15 @@ def _append(
             place = jnp.where(which == i, index, held.layers)
             keys, values = (
                 _stacks.write(
-                    store, place, jnp.swapaxes(x, 1, 2), position, length, cuda_encode.encode if fuse else None
+                    *(store, place, jnp.swapaxes(x, 1, 2), position, length),
+                    encode=cuda_encode.encode if fuse else None,
+                    spread=cache.spread,
                 )
                 for store, x, fuse in zip((held.keys, held.values), (k, v), fused[i], strict=True)
             )
             stacks[i] = Stack(keys=keys, values=values)
 
-    return KVCache(
-        stacks=tuple(stacks),
-        length=cache.length.at[layer].set(length),
-        exact_from=cache.exact_from,
-        places=cache.places,
-    )
+    return dataclasses.replace(cache, stacks=tuple(stacks), length=cache.length.at[layer].set(length))
 
 
 def materialize(
@@ -218,7 +216,8 @@ def materialize(
 ) -> tuple[Float[Array, "batch capacity kv_heads dim"], Float[Array, "batch capacity kv_heads dim"]]:
     """Decode one layer: the keys and values that attention reads for the next token, in float32.
 
-    Positions from `length` on are zero. This is for inspection and tests: attention itself never does it.
+    Positions from `length` on are zero. This is for inspection and tests: attention itself never does it. A cache whose
+    tokens are dealt out to devices is refused: `sharding.joined` gives one that is not.
 
     Example:
         >>> from jaxquant.quantizers import Exact
@@ -227,6 +226,8 @@ def materialize(
         >>> k.shape
         (1, 16, 2, 64)
     """
+    if cache.spread is not None:
+        raise ValueError("cache has its tokens dealt out to devices: give sharding.joined(cache)")
     return _materialize(cache, *resolve(cache, layer))
 
 
@@ -279,7 +280,7 @@ def crop(cache: KVCache, length: int | Integer[Array, "*batch"]) -> KVCache:
     window = max(stack.window for stack in cache.stacks)
     in_window = jnp.maximum(cache.exact_from, cache.length - window)
     exact_from = jnp.where(kept < cache.length, jnp.minimum(in_window, kept), cache.exact_from)
-    return KVCache(stacks=cache.stacks, length=kept, exact_from=exact_from, places=cache.places)
+    return dataclasses.replace(cache, length=kept, exact_from=exact_from)
 
 
 @jax.jit
@@ -303,11 +304,11 @@ def reorder(cache: KVCache, rows: Integer[Array, " rows"]) -> KVCache:
     def store(old: Store) -> Store:
         return Store(quantizer=old.quantizer, codes=taken(old.codes), sinks=taken(old.sinks), window=taken(old.window))
 
-    return KVCache(
+    return dataclasses.replace(
+        cache,
         stacks=tuple(Stack(keys=store(stack.keys), values=store(stack.values)) for stack in cache.stacks),
         length=taken(cache.length),
         exact_from=taken(cache.exact_from),
-        places=cache.places,
     )
 
 

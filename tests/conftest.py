@@ -1,8 +1,8 @@
-"""Strict settings for every test: no implicit dtype promotion, two simulated devices, no GPU needed."""
+"""Strict settings for every test: no implicit dtype promotion, eight simulated devices, no GPU needed."""
 
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 

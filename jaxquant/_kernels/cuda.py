@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxquant._kernels import nvrtc
 from jaxquant._kernels.xla import Partial, Rule
+from jaxquant._spread import Spread
 from jaxquant._stacks import Index, Stack
 from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import PerLayer, Quantized, Scalar
@@ -27,14 +28,17 @@ _DIMS = (64, 80, 96, 128, 256)
 _SHARED = 218 * 1024  # bytes of a multiprocessor's shared memory that its blocks share
 
 
-def unsupported(stack: Stack, heads: int, rule: Rule) -> str | None:
+def unsupported(stack: Stack, heads: int, rule: Rule, spread: Spread | None = None) -> str | None:
     """Say why these kernels cannot read a stack, or return None where they can.
 
     Args:
         stack: the storage.
         heads: query heads that share a kv head.
         rule: of the attention.
+        spread: how tokens are dealt out to devices.
     """
+    if spread is not None and rule.sliding_window is not None:
+        return "tokens are dealt out to devices and `sliding_window` is given"
     for name, store in {"keys": stack.keys, "values": stack.values}.items():
         obstacle = unreadable(store.quantizer)
         if obstacle is not None:
@@ -69,8 +73,9 @@ def coded(
     length: Int[Array, "layers batch"],
     exact_from: Int[Array, "layers batch"],
     rule: Rule,
+    spread: Spread | None = None,
 ) -> Partial:
-    """Attend from the newest token of every row to the coded tokens.
+    """Attend from the newest token of every row to the coded tokens, or to those that a `spread` deals to this device.
 
     Args:
         stack: the storage; `unsupported` returned None for it.
@@ -80,17 +85,23 @@ def coded(
         length: tokens held.
         exact_from: see `KVCache`.
         rule: see `Rule`.
+        spread: how tokens are dealt out to devices.
 
     Returns:
         The output in q's dtype, [batch, kv_heads, heads / kv_heads, dim], and its log-sum-exp.
     """
+    sinks, window = stack.sinks, stack.window
+    if spread is not None:  # what is to be read of this device's slots, as if it were a row of its own
+        coded = jnp.minimum(jnp.maximum(length[layer] - window, exact_from[layer]), length[layer]) - sinks
+        length, layer, sinks, window = spread.before(coded)[None], 0, 0, 0
+        exact_from = jnp.zeros_like(length)
     return attend(
         (stack.keys.at(index), stack.values.at(index)),
         (stack.keys.codes, stack.values.codes),
         *(q, layer, length, exact_from, rule),
         index=index,
-        sinks=stack.sinks,
-        window=stack.window,
+        sinks=sinks,
+        window=window,
     )
 
 

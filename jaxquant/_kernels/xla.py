@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxquant._spread import Spread
 from jaxquant._stacks import Index, Stack, Store
 from jaxquant.protocols import Quantizer
 
@@ -44,12 +45,14 @@ def coded(
     rule: Rule,
     *,
     newest: Int[Array, "batch rows"] | None = None,
+    spread: Spread | None = None,
+    device: Int[Array, ""] | None = None,
 ) -> Partial:
     """Attend to the coded tokens, a block at a time, with an online softmax.
 
     The query is projected once and the output restored once; the loop looks codes up and multiplies. A token that a row
     reads from the exact window, which ends with `newest` (the row's own position if None), is left out for that row,
-    as is every token after it.
+    as is every token after it. With a `spread`, the stack holds what it deals to `device` (this one if None).
     """
     newest = position if newest is None else newest
     block = min(BLOCK, stack.slots)
@@ -59,19 +62,25 @@ def coded(
 
     def block_of(i: Int[Array, ""]) -> tuple[Array, Array]:
         start = jnp.minimum(i * block, stack.slots - block)
-        token = start + jnp.arange(block, dtype=jnp.int32) + stack.sinks
+        slot = start + jnp.arange(block, dtype=jnp.int32)
+        token = (slot if spread is None else spread.token(slot, device)) + stack.sinks
         scores = _cap(_scores(projected, _expand(keys, stack.keys, index, start, block)), rule.soft_cap)
-        seen = _sees(position, token, rule, start + stack.sinks) & (token <= newest[:, :, None])
+        seen = _sees(position, token, rule, start + stack.sinks if spread is None else None)
+        seen &= token <= newest[:, :, None]
         in_window = token > (newest[:, :, None] - stack.window)
         seen &= ~in_window | (token < exact_from[:, None, None])
-        seen &= token >= i * block + stack.sinks  # the last block overlaps the one before it
+        seen &= slot >= i * block  # the last block overlaps the one before it
         return jnp.where(seen[:, None], scores, -jnp.inf), _expand(values, stack.values, index, start, block)
 
-    stop = jnp.clip(jnp.max(newest) + 1 - stack.sinks, 0, stack.slots)
+    def before(token: Int[Array, ""]) -> Int[Array, ""]:
+        slot = token - stack.sinks
+        return jnp.clip(slot if spread is None else spread.before(slot, device), 0, stack.slots)
+
+    stop = before(jnp.max(newest) + 1)
     first = jnp.int32(0)
     if rule.sliding_window is not None:
         oldest = jnp.min(jnp.where(position < 0, jnp.iinfo(jnp.int32).max, position))
-        first = jnp.clip(oldest - rule.sliding_window + 1 - stack.sinks, 0, stack.slots) // block
+        first = before(oldest - rule.sliding_window + 1) // block
     peak, total, acc = _online((*projected.shape[:-1], width), first, -(-stop // block), block_of)
     return _normalize(peak, total, values.restore(acc))
 
@@ -160,6 +169,12 @@ def exact(
     return _normalize(peak, jnp.sum(weights, axis=-1), _mix(weights, v))
 
 
+def gathered(part: Partial, spread: Spread) -> list[Partial]:
+    """Give the parts of all devices that share a row, by one collective."""
+    both = spread.gathered(jnp.concatenate([part.out, part.lse[..., None]], axis=-1))
+    return [Partial(each[..., :-1], each[..., -1]) for each in both]
+
+
 def merge(parts: list[Partial]) -> Partial:
     """Join attention over disjoint sets of tokens."""
     if len(parts) == 1:
@@ -196,7 +211,7 @@ def _cap(scores: Array, soft_cap: Array | None) -> Array:
 def _sees(
     position: Int[Array, "batch rows"], token: Int[Array, "*tokens"], rule: Rule, start: Int[Array, ""] | None
 ) -> Bool[Array, "batch rows tokens"]:
-    """Say which tokens each row may see; `start` is the first of a contiguous run of tokens."""
+    """Say which tokens each row may see; `start` is the first of a contiguous run of tokens, if they are one."""
     seen = token <= position[:, :, None]
     if rule.sliding_window is not None:
         seen &= token > position[:, :, None] - rule.sliding_window
@@ -204,7 +219,8 @@ def _sees(
         if start is not None:
             visible = lax.dynamic_slice_in_dim(rule.visible, start, token.shape[-1], axis=1)[:, None]
         else:
-            visible = jnp.take_along_axis(rule.visible[:, None], jnp.maximum(token, 0), axis=2, mode="clip")
+            at = jnp.broadcast_to(jnp.maximum(token, 0), (position.shape[0], 1, token.shape[-1]))
+            visible = jnp.take_along_axis(rule.visible[:, None], at, axis=2, mode="clip")
         seen &= visible
     return seen
 

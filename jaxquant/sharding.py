@@ -1,0 +1,313 @@
+"""A cache over several devices: rows, kv heads and tokens each along an axis of a mesh.
+
+Rows and kv heads are independent, so that sharding them costs no communication. The tokens of a row are dealt out page
+by page (`Layout.page`), and what devices find in their shares is joined by one collective over outputs and
+log-sum-exps; exact first and newest tokens, which are few, are on every device of that axis.
+
+The functions here take arrays that are sharded as `specs` says (or that XLA then shards so) and call those of `cache`
+and `attention` on every device by `jax.shard_map`. A caller's own `shard_map` may do the same: a cache made by `init`
+knows how its tokens are dealt out. `cache.crop` and `cache.reorder` work on a sharded cache as they are.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Integer
+
+from jaxquant import attention
+from jaxquant import cache as caches
+from jaxquant._spread import Spread
+from jaxquant._stacks import Index, KVCache, Stack, Store
+from jaxquant.attention import Implementation, Number
+from jaxquant.mixed import Mixed
+from jaxquant.protocols import Quantizer
+from jaxquant.quantizers import PerLayer
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of a mesh the axes of a cache go along.
+
+    Attributes:
+        mesh: of devices.
+        batch: the axis for rows (data parallel), None to have all of them everywhere.
+        kv_heads: for kv heads, and the query heads that share them (tensor parallel).
+        tokens: for tokens (sequence parallel).
+        page: tokens that stay together where tokens are dealt out.
+
+    Raises:
+        ValueError: an axis is not one of the mesh, or is used twice.
+
+    Example:
+        >>> mesh = jax.make_mesh((1,), ("model",))
+        >>> Layout(mesh, kv_heads="model").queries
+        PartitionSpec(None, 'model')
+    """
+
+    mesh: Mesh
+    batch: str | None = None
+    kv_heads: str | None = None
+    tokens: str | None = None
+    page: int = 128
+
+    def __post_init__(self):
+        """Check the axes."""
+        used = {
+            name: getattr(self, name) for name in ("batch", "kv_heads", "tokens") if getattr(self, name) is not None
+        }
+        for name, axis in used.items():
+            if axis not in self.mesh.axis_names:
+                raise ValueError(f"{name} must be an axis of the mesh, one of {self.mesh.axis_names}, got {axis!r}")
+        if len(set(used.values())) < len(used):
+            raise ValueError(f"batch, kv_heads and tokens must go along different axes, got {used}")
+        if self.page < 1:
+            raise ValueError(f"page must be at least 1, got {self.page}")
+
+    @property
+    def queries(self) -> PartitionSpec:
+        """Of queries and outputs [batch, heads, ...] of a decode step."""
+        return PartitionSpec(self.batch, self.kv_heads)
+
+    @property
+    def chunk(self) -> PartitionSpec:
+        """Of queries, keys, values and outputs [batch, new, heads, ...] of a chunk."""
+        return PartitionSpec(self.batch, None, self.kv_heads)
+
+    def devices(self, axis: str | None) -> int:
+        """Count the devices along an axis."""
+        return 1 if axis is None else self.mesh.shape[axis]
+
+
+def specs(layout: Layout, cache: KVCache) -> KVCache:
+    """Give the `PartitionSpec` of every leaf of a cache.
+
+    Example:
+        >>> from jaxquant.methods import turboquant
+        >>> layout = Layout(jax.make_mesh((1,), ("model",)), kv_heads="model")
+        >>> k, v = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=2)
+        >>> c = init(layout, k, v, layers=2, batch=1, kv_heads=2, capacity=256)
+        >>> specs(layout, c).stacks[0].keys.codes.codes
+        PartitionSpec(None, None, 'model', None)
+    """
+    exact = PartitionSpec(None, layout.batch, layout.kv_heads)
+    coded = PartitionSpec(None, layout.batch, layout.kv_heads, layout.tokens)
+    row = PartitionSpec(None, layout.batch)
+
+    def store(old: Store) -> Store:
+        return Store(
+            quantizer=_quantizer_specs(layout, old.quantizer),
+            codes=jax.tree.map(lambda _: coded, old.codes),
+            sinks=exact,  # pyright: ignore[reportArgumentType]
+            window=exact,  # pyright: ignore[reportArgumentType]
+        )
+
+    stacks = tuple(Stack(keys=store(stack.keys), values=store(stack.values)) for stack in cache.stacks)
+    return dataclasses.replace(cache, stacks=stacks, length=row, exact_from=row)
+
+
+def shardings(layout: Layout, cache: KVCache) -> KVCache:
+    """Give the `NamedSharding` of every leaf of a cache: for `jax.device_put`, or `out_shardings` of `jax.jit`."""
+    return jax.tree.map(lambda spec: NamedSharding(layout.mesh, spec), specs(layout, cache))
+
+
+def init(
+    layout: Layout,
+    keys: Quantizer | Sequence[Quantizer],
+    values: Quantizer | Sequence[Quantizer],
+    *,
+    layers: int,
+    batch: int,
+    kv_heads: int,
+    capacity: int,
+    sinks: int = 0,
+    window: int = 0,
+    exact_layers: Sequence[int] = (),
+    dtype: DTypeLike = jnp.bfloat16,
+) -> KVCache:
+    """Allocate an empty cache over the devices of a mesh; no device ever holds more than its share.
+
+    Args:
+        layout: of the cache.
+        keys: see `cache.init`.
+        values: see `cache.init`.
+        layers: of the model.
+        batch: rows, a multiple of the devices along their axis.
+        kv_heads: heads of the keys and values, likewise.
+        capacity: most tokens of a row; where tokens are dealt out, room is made for whole pages on every device.
+        sinks: tokens at the start of a row that stay exact.
+        window: newest tokens that stay exact.
+        exact_layers: layers that are not compressed; not where tokens are dealt out and there are sinks.
+        dtype: of the tokens kept exact, and of the exact layers.
+
+    Raises:
+        ValueError: a size is not a multiple of the devices it is shared by, or `cache.init` refuses it.
+    """
+    for name, size in {"batch": batch, "kv_heads": kv_heads}.items():
+        devices = layout.devices(getattr(layout, name))
+        if size % devices:
+            raise ValueError(f"{name} must be a multiple of the {devices} devices that share it, got {size}")
+    spread, own = None, capacity
+    if layout.tokens is not None:
+        if exact_layers and sinks:
+            raise ValueError("exact_layers and sinks cannot be had together where tokens are dealt out")
+        devices = layout.devices(layout.tokens)
+        pages = -(-(capacity - sinks) // (layout.page * devices))
+        spread = Spread(axis=layout.tokens, devices=devices, page=layout.page, slots=pages * layout.page * devices)
+        own = sinks + pages * layout.page
+
+    def local(keys: Any, values: Any) -> KVCache:
+        empty = caches.init(
+            keys,
+            values,
+            layers=layers,
+            batch=batch // layout.devices(layout.batch),
+            kv_heads=kv_heads // layout.devices(layout.kv_heads),
+            capacity=own,
+            sinks=sinks,
+            window=window,
+            exact_layers=exact_layers,
+            dtype=dtype,
+        )
+        return dataclasses.replace(empty, spread=spread)
+
+    given = [_each(layout, half) for half in (keys, values)]
+    empty = jax.eval_shape(local, keys, values)
+    mapped = jax.shard_map(
+        local, mesh=layout.mesh, in_specs=tuple(given), out_specs=specs(layout, empty), check_vma=False
+    )
+    return jax.jit(mapped)(keys, values)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "layer", "implementation"))
+def _append(layout: Layout, cache: KVCache, layer: int | None, arrays: dict[str, Any], implementation: Any) -> KVCache:
+    own = specs(layout, cache)
+    named = {"k": layout.chunk, "v": layout.chunk, "mask": PartitionSpec(layout.batch)}
+
+    def local(cache: KVCache, arrays: dict[str, Any]) -> KVCache:
+        index = arrays.pop("layer") if layer is None else layer
+        return caches.append(cache, index, **arrays, implementation=implementation)
+
+    return _mapped(layout, local, (own, {name: named.get(name, PartitionSpec()) for name in arrays}), own)(
+        cache, arrays
+    )
+
+
+def append(
+    layout: Layout,
+    cache: KVCache,
+    layer: Index,
+    k: Float[Array, "batch new kv_heads dim"],
+    v: Float[Array, "batch new kv_heads dim"],
+    *,
+    mask: Bool[Array, "batch new"] | None = None,
+    implementation: caches.Implementation | None = None,
+) -> KVCache:
+    """Do what `cache.append` does, on every device for its share: no communication."""
+    number, arrays = _split(layer, k=k, v=v, mask=mask)
+    return _append(layout, cache, number, arrays, implementation)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "layer", "settings"))
+def _attend(layout: Layout, cache: KVCache, layer: int | None, arrays: dict[str, Any], settings: tuple) -> Any:
+    own = specs(layout, cache)
+    prefill = "k" in arrays
+    rows = layout.chunk if prefill else layout.queries
+    named = dict.fromkeys(("q", "k", "v"), rows) | dict.fromkeys(("mask", "visible"), PartitionSpec(layout.batch))
+
+    def local(cache: KVCache, arrays: dict[str, Any]) -> Any:
+        index = arrays.pop("layer") if layer is None else layer
+        given = [arrays.pop(name) for name in (("q", "k", "v") if prefill else ("q",))]
+        attend = attention.prefill_attention if prefill else attention.decode_attention
+        return attend(*given, cache, index, **arrays, **dict(settings))
+
+    outs = (rows, rows, own) if prefill else (rows, rows)
+    in_specs = (own, {name: named.get(name, PartitionSpec()) for name in arrays})
+    return _mapped(layout, local, in_specs, outs)(cache, arrays)
+
+
+def decode_attention(
+    layout: Layout,
+    q: Float[Array, "batch heads dim"],
+    cache: KVCache,
+    layer: Index,
+    *,
+    scale: Number | None = None,
+    soft_cap: Number | None = None,
+    sliding_window: int | Integer[Array, ""] | None = None,
+    visible: Bool[Array, "batch capacity"] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "batch heads dim"], Float[Array, "batch heads"]]:
+    """Do what `attention.decode_attention` does: one collective where tokens are dealt out, none otherwise."""
+    number, arrays = _split(layer, q=q, scale=scale, soft_cap=soft_cap, sliding_window=sliding_window, visible=visible)
+    return _attend(layout, cache, number, arrays, (("implementation", implementation),))
+
+
+def prefill_attention(
+    layout: Layout,
+    q: Float[Array, "batch new heads dim"],
+    k: Float[Array, "batch new kv_heads dim"],
+    v: Float[Array, "batch new kv_heads dim"],
+    cache: KVCache,
+    layer: Index,
+    *,
+    mask: Bool[Array, "batch new"] | None = None,
+    scale: Number | None = None,
+    soft_cap: Number | None = None,
+    sliding_window: int | Integer[Array, ""] | None = None,
+    visible: Bool[Array, "batch capacity"] | None = None,
+    chunk: Literal["codes", "exact"] = "codes",
+) -> tuple[Float[Array, "batch new heads dim"], Float[Array, "batch new heads"], KVCache]:
+    """Do what `attention.prefill_attention` does: one collective for each 256 tokens where tokens are dealt out."""
+    number, arrays = _split(
+        layer,
+        **{"q": q, "k": k, "v": v, "mask": mask, "visible": visible},
+        **{"scale": scale, "soft_cap": soft_cap, "sliding_window": sliding_window},
+    )
+    return _attend(layout, cache, number, arrays, (("chunk", chunk),))
+
+
+def joined(cache: KVCache) -> KVCache:
+    """Put the tokens of a row back in order: the same cache, not dealt out; for files, and to read it as a whole."""
+    if cache.spread is None:
+        return cache
+    order = cache.spread.order()
+
+    def store(old: Store) -> Store:
+        return dataclasses.replace(old, codes=jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=3), old.codes))
+
+    stacks = tuple(Stack(keys=store(stack.keys), values=store(stack.values)) for stack in cache.stacks)
+    return dataclasses.replace(cache, stacks=stacks, spread=None)
+
+
+def _mapped(layout: Layout, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _split(layer: Index, **arrays: Any) -> tuple[int | None, dict[str, Any]]:
+    """Keep a layer known before tracing static, and drop what is not given."""
+    arrays = {name: value for name, value in arrays.items() if value is not None}
+    if isinstance(layer, int | np.integer):
+        return int(layer), arrays
+    return None, arrays | {"layer": layer}
+
+
+def _each(layout: Layout, given: Quantizer | Sequence[Quantizer]) -> Any:
+    if isinstance(given, Sequence):
+        return type(given)(_quantizer_specs(layout, one) for one in given)  # pyright: ignore[reportCallIssue]
+    return _quantizer_specs(layout, given)
+
+
+def _quantizer_specs(layout: Layout, quantizer: Quantizer | PerLayer) -> Any:
+    """Shard what has an entry for each kv head, which `Mixed` may have; all other numbers are everywhere."""
+    one = jax.eval_shape(lambda q: q.at(0), quantizer) if isinstance(quantizer, PerLayer) else quantizer
+    whole = PartitionSpec()
+    if isinstance(one, Mixed) and one.mean.ndim > 1:
+        whole = PartitionSpec(*(None,) * isinstance(quantizer, PerLayer), layout.kv_heads)
+    return jax.tree.map(lambda _: whole, quantizer)
