@@ -1,6 +1,5 @@
 """What a cache is made of: stacks of layers with packed codes, exact first tokens and a ring of exact newest tokens."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -204,21 +203,18 @@ def write(
             store's codes; None quantizes, then scatters.
         spread: where given, the codes of other devices' tokens are dropped.
     """
+    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     sinks, window = store.sinks.shape[3], store.window.shape[3]
     held = position < length[:, None]
-
-    @functools.partial(jax.vmap, in_axes=(1, 0, 0), out_axes=1)  # rows stay apart, also where devices share them
-    def scatter(leaf: Array, slot: Array, tokens: Array) -> Array:
-        return leaf.at[index, :, slot].set(tokens, mode="drop")
 
     def put(leaf: Array, slot: Array, tokens: Array) -> Array:
         slot = jnp.where(held & (slot >= 0), slot, leaf.shape[3])
         tokens = jnp.swapaxes(tokens, 1, 2).astype(leaf.dtype)
         if leaf.dtype != jnp.bfloat16:
-            return scatter(leaf, slot, tokens)
+            return leaf.at[index, rows, :, slot].set(tokens, mode="drop")
         # As bits: a CPU has no bfloat16 scatter, and would widen the whole buffer for every token.
         bits, tokens = (lax.bitcast_convert_type(x, jnp.uint16) for x in (leaf, tokens))
-        return lax.bitcast_convert_type(scatter(bits, slot, tokens), jnp.bfloat16)
+        return lax.bitcast_convert_type(bits.at[index, rows, :, slot].set(tokens, mode="drop"), jnp.bfloat16)
 
     exact_sinks, exact_window = store.sinks, store.window
     if sinks:

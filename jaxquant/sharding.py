@@ -177,12 +177,12 @@ def init(
         )
         return dataclasses.replace(empty, spread=spread)
 
-    given = [_each(layout, half) for half in (keys, values)]
-    empty = jax.eval_shape(local, keys, values)
-    mapped = jax.shard_map(
-        local, mesh=layout.mesh, in_specs=tuple(given), out_specs=specs(layout, empty), check_vma=False
-    )
-    return jax.jit(mapped)(keys, values)
+    def share(leaf: Array, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(NamedSharding(layout.mesh, spec).shard_shape(leaf.shape), leaf.dtype)
+
+    given = _each(layout, keys), _each(layout, values)
+    empty = jax.eval_shape(local, *jax.tree.map(share, (keys, values), given))
+    return jax.jit(_mapped(layout, local, given, specs(layout, empty)))(keys, values)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "layer", "implementation"))

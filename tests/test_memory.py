@@ -75,3 +75,16 @@ def test_the_block_size_is_what_decides(block, monkeypatch):
 
 def rule():
     return xla.Rule(scale=jnp.float32(DIM**-0.5), soft_cap=None, sliding_window=None, visible=None)
+
+
+def test_append_writes_into_the_buffers_it_is_given():
+    held, _ = shapes()
+    x = jax.ShapeDtypeStruct((1, 1, KV_HEADS, DIM), jnp.float32)
+
+    def step(held, k, v):
+        return cache.append(held, 0, k, v)
+
+    donated = jax.jit(step, donate_argnums=0).lower(held, x, x).compile().memory_analysis()
+    assert donated.alias_size_in_bytes >= packed_bytes()
+    assert donated.temp_size_in_bytes < 64 * KV_HEADS * DIM  # float32 vectors of one token, several times over
+    assert memory(step, held, x, x).alias_size_in_bytes == 0

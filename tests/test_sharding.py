@@ -25,12 +25,15 @@ AXES = {
 }
 
 
-@pytest.fixture(params=AXES, ids=list(AXES))
-def layout(request):
-    axes = AXES[request.param]
+def laid(axes):
     sizes = (2, 2) if "y" in axes.values() else (4,)
     types = (jax.sharding.AxisType.Auto,) * len(sizes)
     return sharding.Layout(jax.make_mesh(sizes, ("x", "y")[: len(sizes)], axis_types=types), **axes, page=8)
+
+
+@pytest.fixture(params=["rows and heads", "heads and tokens"])
+def layout(request):
+    return laid(AXES[request.param])
 
 
 @pytest.fixture(params=KEEP, ids=list(KEEP))
@@ -84,26 +87,24 @@ def test_everything_equals_one_device(layout, keep):
         held = min(x.shape[1] for x in (*got, *want))
         chex.assert_trees_all_equal([x[:, :held] for x in got], [x[:, :held] for x in want])
     q, k, v = tokens(1, 9)
-    rules = [{}, {"soft_cap": 1.5, "scale": 0.4}, {"sliding_window": 11}]
-    for rule in rules:
+    for rule, chunk in [({}, "exact"), ({"soft_cap": 1.5, "scale": 0.4, "sliding_window": 11}, "codes")]:
         got = sharding.decode_attention(layout, q[:, 0], many, 1, **rule)
         assert_close(got, attention.decode_attention(q[:, 0], one, 1, **rule))
         with pytest.raises(AssertionError):
-            assert_close(got, attention.decode_attention(q[:, 1], one, 1, **rule))
-        for chunk in ("codes", "exact"):
-            got = sharding.prefill_attention(layout, q, k, v, many, 0, chunk=chunk, **rule)
-            want = attention.prefill_attention(q, k, v, one, 0, chunk=chunk, **rule)
-            assert_close(got[:2], want[:2])
-            held = cache.materialize(sharding.joined(got[2]), 0)[0]
-            assert_close(held[:, : one.capacity], cache.materialize(want[2], 0)[0])
+            assert_close(got, [x[::-1] for x in got])
+        got = sharding.prefill_attention(layout, q, k, v, many, 0, chunk=chunk, **rule)
+        want = attention.prefill_attention(q, k, v, one, 0, chunk=chunk, **rule)
+        assert_close(got[:2], want[:2])
+        held = cache.materialize(sharding.joined(got[2]), 0)[0]
+        assert_close(held[:, : one.capacity], cache.materialize(want[2], 0)[0])
     visible = np.arange(many.capacity) % 3 != 1
     seen = [jnp.broadcast_to(visible[: held.capacity], (BATCH, held.capacity)) for held in (many, one)]
     got = sharding.decode_attention(layout, q[:, 0], many, 0, visible=seen[0])
     assert_close(got, attention.decode_attention(q[:, 0], one, 0, visible=seen[1]))
 
 
-def test_cropped_and_reordered_caches_go_on(layout, keep):
-    one, many = filled(layout, keep)
+def test_cropped_and_reordered_caches_go_on(layout):
+    one, many = filled(layout, KEEP["sinks and window"])
     rows, kept = jnp.array([2, 0, 0, 3]), jnp.array([9, 30, 7, 40])
     one, many = (cache.reorder(cache.crop(held, kept), rows) for held in (one, many))
     many = jax.device_put(many, sharding.shardings(layout, many))
@@ -112,29 +113,31 @@ def test_cropped_and_reordered_caches_go_on(layout, keep):
     assert_close(got, attention.decode_attention(q[:, 0], cache.append(one, 0, k, v), 0))
 
 
-def test_a_full_cache_drops_tokens_alike(layout, keep):
+def test_a_full_cache_drops_tokens_alike(layout):
     q, k, v = tokens(4, 100)
-    room = {"capacity": 64 + keep.get("sinks", 0)}
-    one, many = empty(**keep | room), empty(layout, **keep | room)
+    keep = KEEP["sinks and window"] | {"capacity": 67}
+    one, many = empty(**keep), empty(layout, **keep)
     assert one.capacity == many.capacity
     one, many = cache.append(one, 0, k, v), sharding.append(layout, many, 0, k, v)
     assert many.length.tolist() == one.length.tolist()
     assert_close(sharding.decode_attention(layout, q[:, 0], many, 0), attention.decode_attention(q[:, 0], one, 0))
 
 
-def test_devices_hold_their_share_and_no_more(layout, keep):
-    many = empty(layout, **keep)
+def test_devices_hold_their_share_and_no_more(layout):
+    many = empty(layout, sinks=3, window=5)
     codes = many.stacks[0].keys.codes.codes
     devices = layout.mesh.size
     assert {shard.data.nbytes for shard in codes.addressable_shards} == {codes.nbytes // devices}
     assert all(
-        leaf.sharding == wanted
+        leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
         for leaf, wanted in zip(jax.tree.leaves(many), jax.tree.leaves(sharding.shardings(layout, many)), strict=True)
     )
 
 
-def test_rows_and_heads_need_no_communication_and_tokens_one_exchange(layout, keep):
-    many = empty(layout, **keep)
+@pytest.mark.parametrize("name", AXES)
+def test_rows_and_heads_need_no_communication_and_tokens_one_exchange(name):
+    layout = laid(AXES[name])
+    many = empty(layout, sinks=3, window=5)
     q, k, v = (jax.device_put(x, NamedSharding(layout.mesh, layout.chunk)) for x in tokens(0, 1))
     assert collectives(lambda c, k, v: sharding.append(layout, c, 1, k, v), many, k, v) == []
     step = jax.device_put(q[:, 0], NamedSharding(layout.mesh, layout.queries))
@@ -157,13 +160,13 @@ def size(shape):
 
 
 def test_a_donated_step_writes_in_place(layout):
-    many = empty(layout)
+    many = empty(layout, capacity=1024)
     _, k, v = tokens(0, 1)
     step = jax.jit(lambda c, k, v: sharding.append(layout, c, 0, k, v), donate_argnums=0)
     memory = step.lower(many, k, v).compile().memory_analysis()
     held = sum(shard.data.nbytes for leaf in jax.tree.leaves(many) for shard in leaf.addressable_shards[:1])
     assert memory.alias_size_in_bytes >= 0.9 * held
-    assert memory.temp_size_in_bytes < held
+    assert memory.temp_size_in_bytes < 0.1 * held
 
 
 def test_a_callers_own_shard_map_may_use_the_cache(layout):
@@ -221,12 +224,11 @@ def test_every_token_has_one_place(page, devices):
     spread = Spread(axis="x", devices=devices, page=page, slots=page * devices * 5)
     order = spread.order()
     assert sorted(order) == list(range(spread.slots))
-    own = spread.slots // devices
-    for token, place in enumerate(order):
-        device, slot = divmod(int(place), own)
-        assert spread.token(np.int32(slot), np.int32(device)) == token
-        assert spread.before(np.int32(token), np.int32(device)) == slot
-        assert spread.before(np.int32(token + 1), np.int32(device)) == slot + 1
+    device, slot = (jnp.asarray(x, jnp.int32) for x in np.divmod(order, spread.slots // devices))
+    token = jnp.arange(spread.slots, dtype=jnp.int32)
+    np.testing.assert_array_equal(jax.vmap(spread.token)(slot, device), token)
+    np.testing.assert_array_equal(jax.vmap(spread.before)(token, device), slot)
+    np.testing.assert_array_equal(jax.vmap(spread.before)(token + 1, device), slot + 1)
 
 
 @pytest.mark.parametrize(
