@@ -63,3 +63,17 @@ def test_the_core_never_imports_what_stands_above_it():
         "loaded = [name for name in above if f'jaxquant.{name}' in sys.modules]\nassert not loaded, loaded"
     )
     assert loads_jax(code)
+
+
+def test_no_import_starts_a_backend():
+    """`jax.distributed.initialize`, and every setting of a backend, must come before it starts."""
+    code = (
+        "import importlib, pkgutil, jaxquant\n"
+        "for found in pkgutil.walk_packages(jaxquant.__path__, 'jaxquant.'):\n"
+        "    if '__main__' in found.name: continue\n"
+        "    try: importlib.import_module(found.name)\n"
+        "    except ImportError as problem: assert 'jaxquant' not in str(problem.name), problem\n"
+        "    from jax._src import xla_bridge\n"
+        "    assert not xla_bridge.backends_are_initialized(), found.name\n"
+    )
+    assert loads_jax(code)

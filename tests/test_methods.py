@@ -20,7 +20,7 @@ MODULES = [
     importlib.import_module(f"{methods.__name__}.{found.name}") for found in pkgutil.iter_modules(methods.__path__)
 ]
 EXAMPLES = {
-    f"{module.__name__.rpartition('.')[2]}-{i}": example
+    f"{module.__name__.rpartition('.')[2]}-{i}": example()
     for module in MODULES
     for i, example in enumerate(getattr(module, "EXAMPLES", ()))
 }
@@ -35,6 +35,7 @@ def check_module(module):
     assert re.search(r"arXiv:(\d{4}\.\d{4,5}|[a-z-]+/\d{7})", doc), "no arXiv id in the docstring"
     assert isinstance(getattr(module, "EXAMPLES", None), tuple), "no EXAMPLES tuple"
     assert module.EXAMPLES, "EXAMPLES is empty"
+    assert all(map(callable, module.EXAMPLES)), "EXAMPLES must be functions, so that an import computes nothing"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -47,7 +48,7 @@ def test_modules_were_found_and_a_bad_one_is_refused():
     assert EXAMPLES
     assert set(QUANTIZERS) == set(EXAMPLES), "an example satisfies no protocol that is tested here"
     bad = type(methods)("bad", "Does something.")
-    bad.EXAMPLES = (1,)
+    bad.EXAMPLES = (lambda: 1,)
     with pytest.raises(AssertionError, match="no References"):
         check_module(bad)
     assert not isinstance(object(), protocols.Quantizer)

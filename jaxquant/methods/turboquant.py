@@ -129,4 +129,7 @@ def kv(
     )
 
 
-EXAMPLES = (mse(jax.random.key(0), dim=64, bits=3), prod(jax.random.key(0), dim=64, bits=3))
+EXAMPLES = (
+    lambda: mse(jax.random.key(0), dim=64, bits=3),
+    lambda: prod(jax.random.key(0), dim=64, bits=3),
+)
