@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 import jaxquant
-from jaxquant import _console, benchmark_cli, calibration_cli, qatc_cli
+from jaxquant import _console, benchmark_cli, calibration_cli, plan_cli, qatc_cli
 from jaxquant._console import Json, ModelDir, err, out
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(qatc_cli.app, name="qatc")
 app.add_typer(benchmark_cli.app, name="benchmark")
+app.command()(plan_cli.plan)
 
 Method = Annotated[str, typer.Option(help="A name that `jaxquant methods` lists, or package.module:function.")]
 BitsK = Annotated[int, typer.Option("--bits-k", help="Bits per coordinate of keys.")]
