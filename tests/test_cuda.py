@@ -11,7 +11,7 @@ import pytest
 from cuda import caches, emulate
 from jaxtyping import TypeCheckError
 
-from jaxquant import attention, cache, quantizers
+from jaxquant import attention, cache, quantizers, sharding
 from jaxquant._kernels import cuda, nvrtc, xla
 from jaxquant._stacks import KVCache
 from jaxquant.methods import turboquant
@@ -276,3 +276,26 @@ def test_a_misspelt_implementation_is_an_error():
 def test_kernels_are_for_gpus_from_8_0_on(monkeypatch, lowest, expected):
     monkeypatch.setattr(nvrtc, "capability", lambda: lowest)
     assert nvrtc.available() is expected
+
+
+@needs_compiler
+@pytest.mark.parametrize(("sinks", "window", "cropped"), [(0, 0, None), (3, 20, None), (2, 40, 90)])
+def test_tokens_dealt_out_to_devices_are_found(sinks, window, cropped):
+    mesh = jax.make_mesh((2,), ("tokens",), axis_types=(jax.sharding.AxisType.Auto,))
+    layout = sharding.Layout(mesh, tokens="tokens", page=32)
+    pair = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=2, fused=True)
+    sizes = {"layers": 2, "batch": 3, "kv_heads": 2, "capacity": 190, "sinks": sinks, "window": window}
+    held = sharding.init(layout, *pair, **sizes)
+    k, v = (jax.random.normal(jax.random.key(i), (3, 150, 2, 64)) for i in (1, 2))
+    mask = jnp.arange(150) < jnp.array([150, 33, 0])[:, None]
+    held = sharding.append(layout, held, 1, k, v, mask=mask, implementation="xla")
+    held = held if cropped is None else cache.crop(held, cropped)
+    q = jax.random.normal(jax.random.key(3), (3, 8, 64))
+    with emulate.installed():
+        got = sharding.decode_attention(layout, q, held, 1, implementation="cuda")
+    want = sharding.decode_attention(layout, q, held, 1, implementation="xla")
+    np.testing.assert_allclose(got[0], want[0], rtol=0, atol=5e-4)  # queries have 16 bits
+    np.testing.assert_allclose(got[1], want[1], rtol=0, atol=5e-4)
+    assert float(jnp.max(jnp.abs(want[0][0] - want[0][1]))) > 1e-2
+    with pytest.raises(ValueError, match="dealt out to devices and `sliding_window`"):
+        sharding.decode_attention(layout, q, held, 1, implementation="cuda", sliding_window=9)

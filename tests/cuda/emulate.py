@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
+import threading
 from typing import Any
 from unittest import mock
 
@@ -56,6 +57,8 @@ def _library(name: str, source: str) -> ctypes.CDLL:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr[:4000]
     return ctypes.CDLL(f"{stem}.so")
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -112,12 +115,13 @@ class Kernel(nvrtc.Kernel):
             for operand, result in aliases.items():
                 made[result] = held[operand]
             addresses = [array.ctypes.data for array in (*held, *made)]
-            _library(self.name, self.source).run(
-                (ctypes.c_void_p * len(addresses))(*addresses),
-                (ctypes.c_int * len(integers))(*integers),
-                *grid,
-                self.threads,
-            )
+            with _ONE_AT_A_TIME:  # shared memory is static there
+                _library(self.name, self.source).run(
+                    (ctypes.c_void_p * len(addresses))(*addresses),
+                    (ctypes.c_int * len(integers))(*integers),
+                    *grid,
+                    self.threads,
+                )
             return made
 
         return jax.pure_callback(run, list(results), *operands)
