@@ -252,7 +252,13 @@ def evaluate(
 
     if calibration is None:
         chosen = trial.Trial.load(
-            model, _function(method, "kv", "pipeline"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
+            model,
+            _function(method, "kv", "pipeline"),
+            bits_k=bits_k,
+            bits_v=bits_v,
+            sinks=sinks,
+            window=window,
+            seed=seed,
         )
     else:
         chosen = trial.Trial.calibrated(model, calibration, sinks=sinks, window=window)
