@@ -15,14 +15,13 @@ cross-attention too: that is where the prompt comes in, so do not.
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxquant._pytree import pytree
 
-Block = Callable[[Float[Array, "halves *rest"]], Float[Array, "halves *rest"]]
+Block = Callable[[Float[Array, " halves *rest"]], Float[Array, " halves *rest"]]
 
 
 @pytree
