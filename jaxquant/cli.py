@@ -72,7 +72,7 @@ def methods(as_json: Json = False) -> None:
         report[name] = {
             "summary": text.partition("\n")[0],
             "source": " ".join(source.split()),
-            "caches": hasattr(module, "kv"),
+            "caches": hasattr(module, "kv") or hasattr(module, "pipeline"),
         }
     if as_json:
         return _console.print_json(report)
@@ -157,7 +157,7 @@ def run(
     from jaxquant import trial
 
     chosen = trial.Trial.load(
-        model, _function(method, "kv"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
+        model, _function(method, "kv", "pipeline"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
     )
     write = None if as_json else lambda text: out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
     if write is not None:
@@ -199,7 +199,7 @@ def compare(
     from jaxquant import trial
 
     chosen = trial.Trial.load(
-        model, _function(method, "kv"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
+        model, _function(method, "kv", "pipeline"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
     )
     with _console.bar() as bar:
         report = chosen.compare(
@@ -252,7 +252,7 @@ def evaluate(
 
     if calibration is None:
         chosen = trial.Trial.load(
-            model, _function(method, "kv"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
+            model, _function(method, "kv", "pipeline"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
         )
     else:
         chosen = trial.Trial.calibrated(model, calibration, sinks=sinks, window=window)
@@ -281,16 +281,22 @@ def _methods() -> dict[str, Any]:
     return {name: importlib.import_module(f"jaxquant.methods.{name}") for name in names}
 
 
-def _function(method: str, default: str) -> Callable[..., Any]:
+def _function(method: str, *defaults: str) -> Callable[..., Any]:
     """Turn the name of a method, or `package.module:function`, into what it names."""
     module, _, name = method.partition(":")
     if not name:
-        available = [entry for entry, found in _methods().items() if hasattr(found, default)]
+        found = _methods()
+        available = {
+            entry: getattr(found[entry], default)
+            for default in reversed(defaults)
+            for entry in found
+            if hasattr(found[entry], default)
+        }
         if module not in available:
             raise ValueError(
-                f"--method must be one of {', '.join(available)}, or package.module:function, got {method!r}"
+                f"--method must be one of {', '.join(sorted(available))}, or package.module:function, got {method!r}"
             )
-        return getattr(_methods()[module], default)
+        return available[module]
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from jaxquant import evaluate, models, needles, quantizers, token_files
-from jaxquant.cache import KVCache
+from jaxquant import evaluate, models, needles, pipeline, quantizers, token_files
 from jaxquant.calibrate import files
 from jaxquant.models.loading import SMALL
-from jaxquant.protocols import Quantizer
+from jaxquant.pipeline import Pipeline
+from jaxquant.protocols import Cache, Quantizer
 
 Progress = Callable[[str, int, int], object]
 
@@ -35,10 +35,12 @@ LINES = (
 
 @runtime_checkable
 class Method(Protocol):
-    """Builds the quantizers of keys and values."""
+    """Builds the quantizers of keys and values, or a pipeline."""
 
-    def __call__(self, key: PRNGKeyArray, /, *, dim: int, bits_k: int, bits_v: int) -> tuple[Quantizer, Quantizer]:
-        """Return the quantizers of keys and of values."""
+    def __call__(
+        self, key: PRNGKeyArray, /, *, dim: int, bits_k: int, bits_v: int
+    ) -> tuple[Quantizer, Quantizer] | Pipeline:
+        """Return the quantizers of keys and of values, or a pipeline that holds them."""
         ...
 
 
@@ -48,16 +50,14 @@ class Trial:
 
     Attributes:
         model: to run.
-        keys: quantizer of the keys, or one for each layer.
-        values: likewise of the values.
+        compression: a pipeline, or the quantizers of keys and of values, one or one for each layer.
         sinks: first tokens of a row that stay exact.
         window: newest tokens of a row that stay exact.
         setting: all of it in words.
     """
 
     model: models.Model
-    keys: Quantizer | Sequence[Quantizer]
-    values: Quantizer | Sequence[Quantizer]
+    compression: Pipeline | tuple[Quantizer | Sequence[Quantizer], Quantizer | Sequence[Quantizer]]
     sinks: int
     window: int
     setting: str
@@ -66,11 +66,11 @@ class Trial:
     def load(
         folder: Path | None, method: Method, *, bits_k: int, bits_v: int, sinks: int, window: int, seed: int
     ) -> "Trial":
-        """Load a model and build its quantizers.
+        """Load a model and build its quantizers, or its pipeline.
 
         Args:
             folder: Hugging Face folder; None for the small model in the package.
-            method: builds the quantizers.
+            method: builds the quantizers or the pipeline.
             bits_k: bits per coordinate of keys.
             bits_v: bits per coordinate of values.
             sinks: first tokens of a row that stay exact.
@@ -78,9 +78,9 @@ class Trial:
             seed: of the quantizers' key.
         """
         model = models.load(folder)
-        keys, values = method(jax.random.key(seed), dim=model.architecture.dim, bits_k=bits_k, bits_v=bits_v)
+        built = method(jax.random.key(seed), dim=model.architecture.dim, bits_k=bits_k, bits_v=bits_v)
         setting = _setting(model, f"{method.__module__.rpartition('.')[2]} K{bits_k}/V{bits_v}", sinks, window)
-        return Trial(model=model, keys=keys, values=values, sinks=sinks, window=window, setting=setting)
+        return Trial(model=model, compression=built, sinks=sinks, window=window, setting=setting)
 
     @staticmethod
     def calibrated(folder: Path | None, path: Path, *, sinks: int, window: int) -> "Trial":
@@ -98,15 +98,20 @@ class Trial:
         found, model = files.read(path), models.load(folder)
         found.check(model)
         setting = _setting(model, f"calibrated to {found.bits:.3f} bits, gains included", sinks, window)
-        return Trial(model=model, keys=found.keys, values=found.values, sinks=sinks, window=window, setting=setting)
+        pair = found.keys, found.values
+        return Trial(model=model, compression=pair, sinks=sinks, window=window, setting=setting)
 
-    def cache(self, rows: int, capacity: int) -> KVCache:
+    def cache(self, rows: int, capacity: int) -> Cache:
         """Make an empty compressed cache."""
-        return self.model.decoder.init_cache(
-            self.keys, self.values, batch=rows, capacity=capacity, sinks=self.sinks, window=self.window
-        )
+        kept = {"sinks": self.sinks, "window": self.window}
+        if isinstance(self.compression, Pipeline):
+            a = self.model.architecture
+            return pipeline.init(
+                self.compression, layers=a.layers, batch=rows, kv_heads=a.kv_heads, capacity=capacity, **kept
+            )
+        return self.model.decoder.init_cache(*self.compression, batch=rows, capacity=capacity, **kept)
 
-    def baseline(self, rows: int, capacity: int, dtype: str = "bfloat16") -> KVCache:
+    def baseline(self, rows: int, capacity: int, dtype: str = "bfloat16") -> Cache:
         """Make an empty cache that does not compress."""
         exact = quantizers.Exact(dim=self.model.architecture.dim, dtype=dtype)  # pyright: ignore[reportArgumentType]
         return self.model.decoder.init_cache(exact, exact, batch=rows, capacity=capacity, dtype=dtype)
