@@ -209,7 +209,9 @@ class PipelineCache:
     def reorder(self, rows: Integer[Array, " rows"]) -> "PipelineCache":
         """Take rows of the batch in a new order, with repetition or omission, as `cache.reorder` does."""
         state = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=1, mode="clip"), self.state)
-        return dataclasses.replace(self, state=state, exact=None if self.exact is None else cache.reorder(self.exact, rows))
+        return dataclasses.replace(
+            self, state=state, exact=None if self.exact is None else cache.reorder(self.exact, rows)
+        )
 
 
 def init(
@@ -425,7 +427,11 @@ def _step(pipeline: Pipeline, state: State, part: _Segment, rule: _Rule) -> tupl
     exact = [jnp.where(x < state.length[:, None], x, -1)[:, None] for x in (first, recent)]
     shape = (batch, held.position.shape[1])
     position = jnp.concatenate(
-        [jnp.broadcast_to(exact[0], (*shape, sinks)), held.position, jnp.broadcast_to(exact[1], (*shape, recent.shape[1]))],
+        [
+            jnp.broadcast_to(exact[0], (*shape, sinks)),
+            held.position,
+            jnp.broadcast_to(exact[1], (*shape, recent.shape[1])),
+        ],
         axis=2,
     )
     valid = jnp.arange(size, dtype=jnp.int32) < part.count[:, None]

@@ -61,9 +61,7 @@ class Append:
             start=jnp.where(state.tokens == 0, step, state.start),
         )
 
-    def read(
-        self, state: Appended, quantizers: Pair, queries: Float[Array, "batch kv_heads rows dim"], /
-    ) -> Held:
+    def read(self, state: Appended, quantizers: Pair, queries: Float[Array, "batch kv_heads rows dim"], /) -> Held:
         """Decode everything."""
         k, v = decoded(quantizers, state.codes)
         return Held(k=k, v=v, position=positions(state, k.shape[2]))
@@ -145,9 +143,7 @@ def best(held: Kept, new: Kept, threshold: Float[Array, " batch"]) -> Kept:
         return jnp.take_along_axis(leaf, order.reshape(*order.shape, *(1,) * (leaf.ndim - 3)), axis=2)
 
     chosen = jax.tree.map(taken, both)
-    return Kept(
-        codes=chosen.codes, position=jnp.where(taken(lives), chosen.position, -1), score=chosen.score
-    )
+    return Kept(codes=chosen.codes, position=jnp.where(taken(lives), chosen.position, -1), score=chosen.score)
 
 
 def coded(quantizers: Pair, k: Array, v: Array) -> tuple[PyTree[Any], PyTree[Any]]:

@@ -33,9 +33,7 @@ class ShortKeys:
         return state, -jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
 
 
-def pipeline(
-    key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int, keep: float = 0.5, block: int = 32
-) -> Pipeline:
+def pipeline(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int, keep: float = 0.5, block: int = 32) -> Pipeline:
     """Build a pipeline that keeps a share of the tokens, coded with TurboQuant.
 
     Args:

@@ -91,9 +91,7 @@ class Lyapunov:
         return Perturbation(direction=direction, growth=growth, blocks=blocks), steered
 
 
-def exponent(
-    step: Callable[[X], X], x: X, direction: X, *, steps: int
-) -> tuple[Float[Array, ""], X, X]:
+def exponent(step: Callable[[X], X], x: X, direction: X, *, steps: int) -> tuple[Float[Array, ""], X, X]:
     """Measure the largest finite-time exponent of a map along its own orbit.
 
     Args:

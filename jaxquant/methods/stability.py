@@ -73,7 +73,9 @@ class Stability:
             return jnp.sum(jnp.where(held, entropies, 0.0), axis=1) / jnp.minimum(blocks, most)
 
         shift = mean(self.newest) / jnp.maximum(mean(self.window), 1e-10) - 1.0
-        steered = jnp.where(shift < -self.tolerance, self.fallen, jnp.where(shift > self.tolerance, self.risen, threshold))
+        steered = jnp.where(
+            shift < -self.tolerance, self.fallen, jnp.where(shift > self.tolerance, self.risen, threshold)
+        )
         return Ring(entropies=entropies, blocks=blocks), steered
 
 

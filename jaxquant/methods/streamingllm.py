@@ -37,9 +37,7 @@ class Newest:
         return state, jnp.broadcast_to(token, x.shape[:3]).astype(jnp.float32)
 
 
-def pipeline(
-    key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int, keep: float = 0.5, block: int = 32
-) -> Pipeline:
+def pipeline(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int, keep: float = 0.5, block: int = 32) -> Pipeline:
     """Build a pipeline that keeps the newest tokens, coded with TurboQuant.
 
     Args:

@@ -120,9 +120,7 @@ class Tiered:
 
     share: float = static(default=0.25)
 
-    def init(
-        self, quantizers: strategies.Pair, /, *, batch: int, kv_heads: int, capacity: int, block: int
-    ) -> Tiers:
+    def init(self, quantizers: strategies.Pair, /, *, batch: int, kv_heads: int, capacity: int, block: int) -> Tiers:
         """Allocate."""
         if not all(isinstance(quantizer, Nested) for quantizer in quantizers):
             raise TypeError(f"Tiered needs quantizers of type tiered.Nested, got {quantizers}")
