@@ -54,7 +54,7 @@ class Sharing:
         return Likeness(cosine=jnp.float32(-1.0), shared=jnp.int32(0))
 
 
-def share(block: Block, x: Float[Array, "2 *rest"]) -> Float[Array, "2 *rest"]:
+def share(block: Block, x: Float[Array, " halves *rest"]) -> Float[Array, " halves *rest"]:
     """Compute a block for the conditional half, `x[0]`, and give its output to both.
 
     Args:
@@ -73,8 +73,8 @@ def share(block: Block, x: Float[Array, "2 *rest"]) -> Float[Array, "2 *rest"]:
 
 
 def gate(
-    sharing: Sharing, state: Likeness, block: Block, x: Float[Array, "2 *rest"]
-) -> tuple[Likeness, Float[Array, "2 *rest"]]:
+    sharing: Sharing, state: Likeness, block: Block, x: Float[Array, " halves *rest"]
+) -> tuple[Likeness, Float[Array, " halves *rest"]]:
     """Share if the halves were alike when both were last computed, and that was not long ago.
 
     Args:

@@ -1,17 +1,17 @@
 """Score tokens by how little their neighbours foretell them: the Laplacian of a sheaf over the graph of tokens.
 
-Tokens are the nodes of a path, or of a 2-D or 3-D grid, with an edge between neighbours along each axis. An edge e = (u, w)
-has a space of its own, into which restriction maps F_u, F_w take the vectors of its ends. They agree where
-F_u x_u = F_w x_w, and the Laplacian is (L x)_u = sum_e F_u^T (F_u x_u - F_w x_w). A token scores its share of <x, L x>,
+Tokens are the nodes of a path, or of a 2-D or 3-D grid, with an edge between neighbours along each axis. An edge
+e = (u, w) has a space of its own, into which restriction maps F_u, F_w take the vectors of its ends. They agree where
+F_u x_u = F_w x_w, and the Laplacian is (L x)_u = sum_e F_u^T (F_u x_u - F_w x_w). A token scores its part of <x, L x>,
 
     score_u = sum_e |F_u x_u - F_w x_w|^2 / (2 sum_e (|F_u x_u|^2 + |F_w x_w|^2)),
 
-over its edges: 0 where all agree, up to 1 where they contradict it. With identity maps this is the Laplacian of the graph;
-`aligned` learns an orthogonal map for each axis.
+over its edges: 0 where all agree, up to 1 where they contradict it. With identity maps this is the Laplacian of the
+graph; `aligned` learns an orthogonal map for each axis.
 
 References:
-    J. Hansen, T. Gebhart, "Sheaf neural networks", arXiv:2012.06333 (the sheaf Laplacian); F. Barbero, C. Bodnar, H. Sáez
-    de Ocáriz Borde, M. Bronstein, P. Veličković, P. Liò, "Sheaf neural networks with connection Laplacians",
+    J. Hansen, T. Gebhart, "Sheaf neural networks", arXiv:2012.06333 (the sheaf Laplacian); F. Barbero, C. Bodnar, H.
+    Sáez de Ocáriz Borde, M. Bronstein, P. Veličković, P. Liò, "Sheaf neural networks with connection Laplacians",
     arXiv:2206.08702 (orthogonal maps by alignment, in closed form).
 
 Differs from the papers: maps are shared by all edges of an axis, aligned on the data itself and not on local tangent
