@@ -87,7 +87,8 @@ class Window:
         moved = moved / (1.0 + jnp.max(moved, axis=-1, keepdims=True))  # below 1
         turn = jnp.arange(tokens, dtype=jnp.int32) % self.staleness
         due = (turn == (state.steps % self.staleness)[:, None])[:, None]
-        order = jnp.argsort(-(4.0 * due + 2.0 * fresh + moved), axis=-1, stable=True)
+        urgent = jnp.where(due, 4.0, 0.0) + jnp.where(fresh, 2.0, 0.0) + moved
+        order = jnp.argsort(-urgent, axis=-1, stable=True)
         place = order[..., :room].astype(jnp.int32)
         return Some(codes=quantizer.quantize(jnp.take_along_axis(x, place[..., None], axis=2)), place=place)
 
