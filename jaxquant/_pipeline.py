@@ -85,12 +85,12 @@ class Rule(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Tokens of every row, as many as fit before the next block leaves; the first `count` of a row count."""
+    """Tokens of every row, as many as fit before the next block leaves; the first `tokens` of a row count."""
 
     q: Float[Array, "batch size heads dim"]
     k: Float[Array, "batch size kv_heads dim"]
     v: Float[Array, "batch size kv_heads dim"]
-    count: Int[Array, " batch"]
+    tokens: Int[Array, " batch"]
 
 
 @jax.jit
@@ -174,7 +174,7 @@ def _arrived(state: State, part: Segment) -> State:
     position = state.length[:, None] + rank
 
     def put(buffer: Array, x: Array, slot: Array) -> Array:
-        slot = jnp.where((rank < part.count[:, None]) & (slot >= 0), slot, buffer.shape[2])
+        slot = jnp.where((rank < part.tokens[:, None]) & (slot >= 0), slot, buffer.shape[2])
         return buffer.at[rows, :, slot].set(x.astype(buffer.dtype), mode="drop")
 
     return dataclasses.replace(
@@ -184,7 +184,7 @@ def _arrived(state: State, part: Segment) -> State:
             put(buffer, x, position - state.start[:, None])
             for buffer, x in zip(state.recent, (part.k, part.v), strict=True)
         ),
-        length=state.length + part.count,
+        length=state.length + part.tokens,
     )
 
 
@@ -213,8 +213,8 @@ def _step(pipeline: Pipeline, state: State, part: Segment, rule: Rule) -> tuple[
         ],
         axis=2,
     )
-    valid = jnp.arange(size, dtype=jnp.int32) < part.count[:, None]
-    query = jnp.where(valid, (state.length - part.count)[:, None] + jnp.arange(size, dtype=jnp.int32), -1)
+    valid = jnp.arange(size, dtype=jnp.int32) < part.tokens[:, None]
+    query = jnp.where(valid, (state.length - part.tokens)[:, None] + jnp.arange(size, dtype=jnp.int32), -1)
     seen = (position[:, :, None] >= 0) & (position[:, :, None] <= query[:, None, :, None])
     if rule.sliding_window is not None:
         seen &= position[:, :, None] > query[:, None, :, None] - rule.sliding_window
@@ -242,9 +242,9 @@ def _step(pipeline: Pipeline, state: State, part: Segment, rule: Rule) -> tuple[
         assert state.entropy is not None
         each = -jnp.sum(weights * jnp.log(jnp.where(weights > 0, weights, 1.0)), axis=-1)
         each = jnp.where(valid, jnp.mean(each, axis=(1, 2)), 0.0)
-        entropy = state.entropy + jnp.stack([jnp.sum(each, axis=1), part.count.astype(jnp.float32)], axis=1)
+        entropy = state.entropy + jnp.stack([jnp.sum(each, axis=1), part.tokens.astype(jnp.float32)], axis=1)
 
-        last = jnp.maximum(part.count - 1, 0)[:, None, None, None, None]
+        last = jnp.maximum(part.tokens - 1, 0)[:, None, None, None, None]
 
         def newest(x: Array) -> Array:
             return x if x.shape[3] == 1 else jnp.take_along_axis(x, last, axis=3)
@@ -260,7 +260,7 @@ def _step(pipeline: Pipeline, state: State, part: Segment, rule: Rule) -> tuple[
         )
         base = jnp.full(batch, pipeline.threshold, jnp.float32)
         monitor, threshold = pipeline.monitor.observe(state.monitor, observation, base)
-        full = (part.count > 0) & (state.length - state.start == recent.shape[1])
+        full = (part.tokens > 0) & (state.length - state.start == recent.shape[1])
         state = dataclasses.replace(
             state,
             monitor=rows_where(full, monitor, state.monitor),

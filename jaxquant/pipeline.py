@@ -221,10 +221,11 @@ def init(
     dim, block = pair[0].dim, pipeline.block
     blocks = max(1, -(-(capacity - sinks - window) // block) - 1)  # the last one never leaves
     lead, sizes = (batch, kv_heads), (batch, kv_heads, dim)
+    first, recent = (jnp.zeros((*lead, tokens, dim), dtype) for tokens in (sinks, window + block))
     attentive = isinstance(pipeline.scorer, AttentiveScorer)
     one = State(
-        sinks=(jnp.zeros((*lead, sinks, dim), dtype),) * 2,
-        recent=(jnp.zeros((*lead, window + block, dim), dtype),) * 2,
+        sinks=(first, first),
+        recent=(recent, recent),
         length=jnp.zeros(batch, jnp.int32),
         start=jnp.full(batch, sinks, jnp.int32),
         store=pipeline.strategy.init(pair, batch=batch, kv_heads=kv_heads, capacity=blocks * block, block=block),

@@ -110,13 +110,15 @@ class Trial:
 
     def cache(self, rows: int, capacity: int) -> Cache:
         """Make an empty compressed cache."""
-        kept = {"sinks": self.sinks, "window": self.window}
         if isinstance(self.compression, Pipeline):
             a = self.model.architecture
             return pipeline.init(
-                self.compression, layers=a.layers, batch=rows, kv_heads=a.kv_heads, capacity=capacity, **kept
-            )
-        return self.model.decoder.init_cache(*self.compression, batch=rows, capacity=capacity, **kept)
+                self.compression, layers=a.layers, batch=rows, kv_heads=a.kv_heads, capacity=capacity,
+                sinks=self.sinks, window=self.window,
+            )  # fmt: skip
+        return self.model.decoder.init_cache(
+            *self.compression, batch=rows, capacity=capacity, sinks=self.sinks, window=self.window
+        )
 
     def baseline(self, rows: int, capacity: int, dtype: str = "bfloat16") -> Cache:
         """Make an empty cache that does not compress."""
