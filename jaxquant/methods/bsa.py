@@ -15,7 +15,7 @@ References:
     J. Tang, Y. Zhao, K. Zhu, G. Xiao, B. Kasikci, S. Han, "Quest: Query-aware sparsity for efficient long-context LLM
     inference", arXiv:2406.10774 (optimistic logits of a block).
 
-Differs from the papers: blocks are scored once, when they leave the exact window, by running statistics of the queries
+Differs from the paper: blocks are scored once, when they leave the exact window, by running statistics of the queries
 so far, and the score decides what is stored, where both papers choose anew for every query and store everything.
 Differs from tqai, whose score is one number for a tensor and knows no queries.
 """

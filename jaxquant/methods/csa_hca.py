@@ -13,7 +13,7 @@ a coarse group yet are exact, so that no group holds a token that a query may no
 References:
     No arXiv id: DeepSeek-AI, "DeepSeek-V4" technical report, 2026 (compressed sparse and heavily compressed attention).
 
-Differs from the report: nothing is trained, so that groups are pooled by their means where the report gates them with
+Differs from the paper: nothing is trained, so that groups are pooled by their means where the report gates them with
 learned weights, logits choose where the report has a learned indexer, and both levels serve one layer where the report
 alternates them; the logarithm of the number of tokens is added; means are coded. A coarse mean keeps the share of the
 chosen tokens in it, though their weight is taken off. Differs from tqai, where a mean of n tokens has the weight of

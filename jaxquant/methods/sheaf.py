@@ -14,7 +14,7 @@ References:
     Sáez de Ocáriz Borde, M. Bronstein, P. Veličković, P. Liò, "Sheaf neural networks with connection Laplacians",
     arXiv:2206.08702 (orthogonal maps by alignment, in closed form).
 
-Differs from the papers: maps are shared by all edges of an axis, aligned on the data itself and not on local tangent
+Differs from the paper: maps are shared by all edges of an axis, aligned on the data itself and not on local tangent
 spaces; nothing is diffused, the energy is the score. Differs from tqai, whose `sheaf` is one number for a tensor, the
 second difference along the tokens, always in the upper half of its range.
 """
