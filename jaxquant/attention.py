@@ -18,6 +18,7 @@ from jaxquant import _stacks
 from jaxquant._kernels import cuda, nvrtc, pallas, xla
 from jaxquant._stacks import Index, Stack
 from jaxquant.cache import KVCache, append, resolve, switch
+from jaxquant.protocols import Cache
 
 _QUERY_CHUNK = 256  # tokens of a prefill chunk that are scored at a time
 
@@ -134,6 +135,60 @@ def prefill_attention(
     rule = _rule(cache, scale, soft_cap, sliding_window, visible)
     out, lse = _prefill(cache, after, *resolve(cache, layer), q, k, v, mask, rule, exact=chunk == "exact")
     return out, lse, after
+
+
+def attend(
+    q: Float[Array, "batch new heads dim"],
+    k: Float[Array, "batch new kv_heads dim"],
+    v: Float[Array, "batch new kv_heads dim"],
+    cache: Cache,
+    layer: Index,
+    *,
+    mask: Bool[Array, "batch new"] | None = None,
+    scale: Number | None = None,
+    soft_cap: Number | None = None,
+    sliding_window: int | Integer[Array, ""] | None = None,
+) -> tuple[Float[Array, "batch new heads dim"], Cache]:
+    """Append tokens to one layer of any cache and attend causally from each of them: what decoders call.
+
+    For a `KVCache` it is `prefill_attention`, or `append` and `decode_attention` for a single token. Any other cache
+    does it in its own method `attend`, which takes q, k, v and layer, and the keywords of this function.
+
+    Args:
+        q: queries of the new tokens.
+        k: their keys, after any position encoding.
+        v: their values.
+        cache: before the append.
+        layer: a Python integer, or an integer array when it is not known at trace time.
+        mask: False marks padding.
+        scale: of the scores before the softmax; dim**-0.5 if None.
+        soft_cap: bound of the scores.
+        sliding_window: newest tokens that may be seen, the query's own included; all if None.
+
+    Returns:
+        The output in q's dtype, and the cache after the append.
+
+    Raises:
+        ValueError: a shape does not fit the cache, or an argument is out of range.
+
+    Example:
+        >>> from jaxquant import cache, quantizers
+        >>> exact = quantizers.Exact(dim=64)
+        >>> c = cache.init(exact, exact, layers=1, batch=1, kv_heads=2, capacity=16)
+        >>> x = jnp.ones((1, 3, 2, 64))
+        >>> out, c = attend(jnp.ones((1, 3, 8, 64)), x, x, c, 0)
+        >>> out.shape
+        (1, 3, 8, 64)
+    """
+    rule = {"scale": scale, "soft_cap": soft_cap, "sliding_window": sliding_window}
+    if not isinstance(cache, KVCache):
+        out, _, after = cache.attend(q, k, v, layer, mask=mask, **rule)  # pyright: ignore[reportAttributeAccessIssue]
+    elif q.shape[1] == 1:
+        after = append(cache, layer, k, v, mask=mask)
+        out = decode_attention(q[:, 0], after, layer, **rule)[0][:, None]
+    else:
+        out, _, after = prefill_attention(q, k, v, cache, layer, mask=mask, **rule)
+    return out, after
 
 
 def merge(

@@ -3,7 +3,6 @@
 import importlib
 import importlib.metadata
 import inspect
-import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ app.add_typer(qatc_cli.app, name="qatc")
 app.add_typer(benchmark_cli.app, name="benchmark")
 app.command()(plan_cli.plan)
 
-Method = Annotated[str, typer.Option(help="A name that `jaxquant methods` lists, or package.module:function.")]
+Method = Annotated[str, typer.Option(help="A name that `jaxquant methods` lists, or package.module:Object.")]
 BitsK = Annotated[int, typer.Option("--bits-k", help="Bits per coordinate of keys.")]
 BitsV = Annotated[int, typer.Option("--bits-v", help="Bits per coordinate of values.")]
 Sinks = Annotated[int, typer.Option(min=0, help="First tokens of a row that stay exact.")]
@@ -49,6 +48,7 @@ def info(as_json: Json = False) -> None:
     """Show versions, devices, and what this installation can do."""
     import jax
 
+    from jaxquant import catalogue
     from jaxquant.models.architecture import FAMILIES
 
     report = {
@@ -58,29 +58,42 @@ def info(as_json: Json = False) -> None:
         "backend": jax.default_backend(),
         "devices": [str(device) for device in jax.devices()],
         "model families": list(FAMILIES),
-        "methods": list(_methods()),
+        "methods": catalogue.names(),
     }
     _console.show(report, as_json, title="jaxquant")
 
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the methods, one file each, with their sources."""
+    """List the methods, one file each, with their sources and what they cost."""
+    from jaxquant import catalogue
+
     report = {}
-    for name, module in _methods().items():
-        text = inspect.getdoc(module) or ""
-        source = text.partition("References:")[2].strip().partition("\n\n")[0]
-        report[name] = {
-            "summary": text.partition("\n")[0],
-            "source": " ".join(source.split()),
-            "caches": hasattr(module, "kv"),
-        }
+    with _console.bar() as bar:
+        for entry in bar.track(list(catalogue.entries().values()), description="counting"):
+            settings = {name: catalogue.cost(builder)._asdict() for name, builder in entry.builders.items()}
+            report[entry.name] = {
+                "summary": entry.summary,
+                "source": entry.source,
+                "caches": bool(settings),
+                "cost": settings.pop("", None),
+                "variants": settings,
+            }
     if as_json:
         return _console.print_json(report)
-    table = Table("method", "what it does", "source", show_lines=True)
+    table = Table("method", "what it does", "source", "bytes per token", "encode", "decode", show_lines=True)
     for name, entry in report.items():
-        table.add_row(name, entry["summary"], entry["source"])
+        for variant, cost in {"": entry["cost"], **entry["variants"]}.items():
+            cells = []
+            if cost is not None:
+                cells = [f"{cost['bytes_per_token']:.0f} at {cost['bits']} bits"]
+                cells += [f"{cost[part]:.0f}" for part in ("encode", "decode")]
+            about = ["", ""] if variant else [entry["summary"], entry["source"]]
+            table.add_row(f"{name}, {variant}" if variant else name, *about, *cells)
     out.print(table)
+    out.print(
+        "Bytes of key and value for one kv head of 128; floating-point operations a coordinate, as XLA counts them."
+    )
 
 
 @benchmark_cli.app.command(name="vectors")
@@ -155,10 +168,16 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt from a packed cache."""
-    from jaxquant import trial
+    from jaxquant import catalogue, trial
 
     chosen = trial.Trial.load(
-        model, _function(method, "kv"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
+        model,
+        _function(method, *catalogue.FUNCTIONS),
+        bits_k=bits_k,
+        bits_v=bits_v,
+        sinks=sinks,
+        window=window,
+        seed=seed,
     )
     write = None if as_json else lambda text: out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
     if write is not None:
@@ -197,10 +216,16 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with and without compression, and measure what it saved and what it cost."""
-    from jaxquant import trial
+    from jaxquant import catalogue, trial
 
     chosen = trial.Trial.load(
-        model, _function(method, "kv"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
+        model,
+        _function(method, *catalogue.FUNCTIONS),
+        bits_k=bits_k,
+        bits_v=bits_v,
+        sinks=sinks,
+        window=window,
+        seed=seed,
     )
     with _console.bar() as bar:
         report = chosen.compare(
@@ -249,11 +274,17 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, KL divergence, agreement and pass-key retrieval through the packed cache."""
-    from jaxquant import trial
+    from jaxquant import catalogue, trial
 
     if calibration is None:
         chosen = trial.Trial.load(
-            model, _function(method, "kv"), bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed
+            model,
+            _function(method, *catalogue.FUNCTIONS),
+            bits_k=bits_k,
+            bits_v=bits_v,
+            sinks=sinks,
+            window=window,
+            seed=seed,
         )
     else:
         chosen = trial.Trial.calibrated(model, calibration, sinks=sinks, window=window)
@@ -275,23 +306,24 @@ def evaluate(
     out.print(report["setting"], highlight=False, soft_wrap=True)
 
 
-def _methods() -> dict[str, Any]:
-    import jaxquant.methods
+def _function(method: str, *defaults: str) -> Callable[..., Any]:
+    """Turn the name of a method, or `package.module:Object`, into what it names."""
+    from jaxquant import catalogue
 
-    names = [module.name for module in pkgutil.iter_modules(jaxquant.methods.__path__)]
-    return {name: importlib.import_module(f"jaxquant.methods.{name}") for name in names}
-
-
-def _function(method: str, default: str) -> Callable[..., Any]:
-    """Turn the name of a method, or `package.module:function`, into what it names."""
     module, _, name = method.partition(":")
     if not name:
-        available = [entry for entry, found in _methods().items() if hasattr(found, default)]
+        found = {entry: importlib.import_module(f"jaxquant.methods.{entry}") for entry in catalogue.names()}
+        available = {
+            entry: getattr(file, default)
+            for default in reversed(defaults)
+            for entry, file in found.items()
+            if hasattr(file, default)
+        }
         if module not in available:
             raise ValueError(
-                f"--method must be one of {', '.join(available)}, or package.module:function, got {method!r}"
+                f"--method must be one of {', '.join(sorted(available))}, or package.module:Object, got {method!r}"
             )
-        return getattr(_methods()[module], default)
+        return available[module]
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -148,6 +148,41 @@ def on_grid(codebook: Codebook) -> Codebook:
     return _rounded(np.asarray(codebook.centroids, np.float64))
 
 
+def fitted(
+    samples: Float[np.ndarray, " samples"], weights: Float[np.ndarray, " samples"], *, bits: int, rounds: int = 100
+) -> Codebook:
+    """Fit levels of least weighted squared error to samples, by Lloyd's iteration from their quantiles.
+
+    Args:
+        samples: to fit.
+        weights: of the samples, not negative.
+        bits: of a code; 2**bits levels.
+        rounds: at most.
+
+    Raises:
+        ValueError: `bits` is not in 1..8, or no sample has weight.
+
+    Example:
+        >>> np.asarray(fitted(np.array([0.0, 0.0, 4.0, 8.0]), np.array([1.0, 1.0, 1.0, 3.0]), bits=1).centroids)
+        array([0., 7.], dtype=float32)
+    """
+    order = np.argsort(samples)
+    x, w = np.asarray(samples, np.float64)[order], np.asarray(weights, np.float64)[order]
+    if not np.sum(w) > 0:
+        raise ValueError(f"weights must have a positive sum, got {np.sum(w)}")
+    mass, first = (np.append(0.0, np.cumsum(part)) for part in (w, w * x))
+    count = 2 ** _check_bits(bits)
+    levels = np.interp((np.arange(count) + 0.5) / count * mass[-1], mass[1:], x)
+    for _ in range(rounds):
+        ends = np.concatenate([[0], np.searchsorted(x, (levels[1:] + levels[:-1]) / 2, side="right"), [len(x)]])
+        held = np.diff(mass[ends])
+        better = np.where(held > 0, np.diff(first[ends]) / np.where(held > 0, held, 1.0), levels)
+        moved, levels = np.max(np.abs(better - levels)), better
+        if moved <= 1e-6 * (x[-1] - x[0]):
+            break
+    return Codebook(centroids=jnp.asarray(levels, jnp.float32))
+
+
 def distortion(codebook: Codebook, *, dim: int | None = None) -> float:
     """Give the exact mean squared error a coordinate of unit variance.
 

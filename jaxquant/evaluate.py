@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxquant.cache import KVCache
 from jaxquant.models.decoder import Decoder
+from jaxquant.pipeline import PipelineCache
+from jaxquant.protocols import Cache
 from jaxquant.quantizers import Exact
 
 Progress = Callable[[int, int], object]
@@ -71,8 +73,8 @@ class Scores:
 def compare(
     decoder: Decoder,
     tokens: Int[np.ndarray, "rows tokens"],
-    baseline: Callable[[int], KVCache],
-    compressed: Callable[[int], KVCache],
+    baseline: Callable[[int], Cache],
+    compressed: Callable[[int], Cache],
     *,
     batch: int = 8,
     chunk: int = 256,
@@ -133,8 +135,7 @@ def compare(
                 f"the compressed cache holds {held[1]} bytes a token and the baseline {held[0]}: "
                 "compression was not active"
             )
-        lossy = [stack for stack in caches[1].stacks if not isinstance(stack.keys.quantizer, Exact)]
-        exact = min((stack.sinks + stack.window for stack in lossy), default=fed)
+        exact = _exact_tokens(caches[1], fed)
         if exact >= fed:
             raise RuntimeError(
                 f"sinks and window keep {exact} tokens exact and a row has {fed}: compression was not active"
@@ -162,14 +163,23 @@ def compare(
     )
 
 
+def _exact_tokens(cache: Cache, fed: int) -> int:
+    """Give how many tokens of a row a compressed layer holds exactly."""
+    if isinstance(cache, PipelineCache):
+        return cache.exact_tokens
+    assert isinstance(cache, KVCache)
+    lossy = [stack for stack in cache.stacks if not isinstance(stack.keys.quantizer, Exact)]
+    return min((stack.sinks + stack.window for stack in lossy), default=fed)
+
+
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="caches")
 def _step(
     graph: nnx.GraphDef,
     state: PyTree[Array],
-    caches: tuple[KVCache, KVCache],
+    caches: tuple[Cache, Cache],
     tokens: Int[Array, "batch new"],
     following: Int[Array, "batch new"],
-) -> tuple[tuple[KVCache, KVCache], Float[Array, ""], tuple[Array, ...]]:
+) -> tuple[tuple[Cache, Cache], Float[Array, ""], tuple[Array, ...]]:
     decoder: Decoder = nnx.merge(graph, state)
     logits, after = zip(*(decoder(tokens, cache) for cache in caches), strict=True)
     first, second = (jax.nn.log_softmax(x) for x in logits)

@@ -138,14 +138,14 @@ class Scalar:
         codes = codebooks.assign(self.codebook, y)
         scales = norm * self._correction(y, codes)
         return Quantized(
-            codes=packing.pack(self._stored(codes), bits=self.bits), scales=_finite(scales, self.scale_dtype)
+            codes=packing.pack(self._stored(codes), bits=self.bits), scales=rounded(scales, self.scale_dtype)
         )
 
     def coordinates(
         self, x: Float[Array, "*batch dim"], /
     ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch dim"]]:
         """Split vectors into norms and rotated coordinates of unit variance."""
-        norm, direction = _polar(jnp.nan_to_num(x.astype(jnp.float32)))
+        norm, direction = split_norm(jnp.nan_to_num(x.astype(jnp.float32)))
         return norm, self.rotation.rotate(direction * self.dim**0.5)
 
     def levels(self, code: Quantized, /) -> Float[Array, "*batch dim"]:
@@ -224,7 +224,7 @@ class Residual:
             codes=code.codes,
             scales=code.scales,
             signs=sketch.signs(self.sketch, missed),
-            residuals=_finite(_polar(missed)[0], self.scalar.scale_dtype),
+            residuals=rounded(split_norm(missed)[0], self.scalar.scale_dtype),
         )
 
     def expand(self, code: Quantized, /) -> Float[Array, "*batch width"]:
@@ -284,8 +284,13 @@ def dequantize(quantizer: Quantizer, code: PyTree[Any]) -> Float[Array, "*batch 
     return quantizer.restore(quantizer.expand(code))
 
 
-def _polar(x: Float[Array, "*batch dim"]) -> tuple[Float[Array, "*batch"], Float[Array, "*batch dim"]]:
-    """Split finite vectors into norms, at most 2**126, and unit vectors (zero for zero)."""
+def split_norm(x: Float[Array, "*batch dim"]) -> tuple[Float[Array, "*batch"], Float[Array, "*batch dim"]]:
+    """Split finite vectors into norms, at most 2**126, and unit vectors (zero for zero).
+
+    Example:
+        >>> split_norm(jnp.array([3e30, 4e30]))[1]
+        Array([0.6, 0.8], dtype=float32)
+    """
     peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     large = peak > 2.0**64  # the reciprocal of a peak beyond 2**126 is subnormal, which processors flush to zero
     x, peak = (jnp.where(large, part * 2.0**-64, part) for part in (x, peak))
@@ -296,6 +301,12 @@ def _polar(x: Float[Array, "*batch dim"]) -> tuple[Float[Array, "*batch"], Float
     return norm[..., 0], x / jnp.maximum(length, 1.0)
 
 
-def _finite(x: Float[Array, "*batch"], dtype: ScaleDtype) -> Float[Array, "*batch"]:
+def rounded(x: Float[Array, "*batch"], dtype: ScaleDtype) -> Float[Array, "*batch"]:
+    """Round to a dtype, into its finite range.
+
+    Example:
+        >>> float(rounded(jnp.array(1e9), "float16"))
+        65504.0
+    """
     limit = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -limit, limit).astype(dtype)

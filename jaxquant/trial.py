@@ -4,21 +4,26 @@ These are the reports behind `jaxquant run`, `compare` and `eval`, as plain dict
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from jaxquant import evaluate, models, needles, quantizers, token_files
-from jaxquant.cache import KVCache
-from jaxquant.calibrate import files
+from jaxquant import catalogue, evaluate, models, needles, pipeline, quantizers, token_files
+from jaxquant.calibrate import files, statistics
+from jaxquant.calibrate.statistics import Statistics
 from jaxquant.models.loading import SMALL
-from jaxquant.protocols import Quantizer
+from jaxquant.pipeline import Pipeline
+from jaxquant.protocols import Cache, Quantizer
 
 Progress = Callable[[str, int, int], object]
+Compression = Pipeline | tuple[Quantizer | Sequence[Quantizer], Quantizer | Sequence[Quantizer]]
+
+_SAMPLED_ROWS, _SAMPLED_LENGTH = 8, 512
 
 LINES = (
     ("cache of the prompt, bytes held", "cache_bytes", ",.0f"),
@@ -33,44 +38,41 @@ LINES = (
 """Labels, keys and formats of the numbers in a report, in reading order."""
 
 
-@runtime_checkable
-class Method(Protocol):
-    """Builds the quantizers of keys and values."""
-
-    def __call__(self, key: PRNGKeyArray, /, *, dim: int, bits_k: int, bits_v: int) -> tuple[Quantizer, Quantizer]:
-        """Return the quantizers of keys and of values."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
     """A loaded model, and how its cache is to be compressed.
 
     Attributes:
         model: to run.
-        keys: quantizer of the keys, or one for each layer.
-        values: likewise of the values.
+        compression: a pipeline, or the quantizers of keys and of values, one or one for each layer.
         sinks: first tokens of a row that stay exact.
         window: newest tokens of a row that stay exact.
         setting: all of it in words.
     """
 
     model: models.Model
-    keys: Quantizer | Sequence[Quantizer]
-    values: Quantizer | Sequence[Quantizer]
+    compression: Compression
     sinks: int
     window: int
     setting: str
 
     @staticmethod
     def load(
-        folder: Path | None, method: Method, *, bits_k: int, bits_v: int, sinks: int, window: int, seed: int
+        folder: Path | None,
+        method: Callable[..., Any] | Quantizer | Pipeline,
+        *,
+        bits_k: int,
+        bits_v: int,
+        sinks: int,
+        window: int,
+        seed: int,
     ) -> "Trial":
-        """Load a model and build its quantizers.
+        """Load a model and build its quantizers, or its pipeline.
 
         Args:
             folder: Hugging Face folder; None for the small model in the package.
-            method: builds the quantizers.
+            method: builds the quantizers or the pipeline, as `build` says; or a pipeline, or one quantizer for both
+                keys and values, whose bits are its own.
             bits_k: bits per coordinate of keys.
             bits_v: bits per coordinate of values.
             sinks: first tokens of a row that stay exact.
@@ -78,9 +80,14 @@ class Trial:
             seed: of the quantizers' key.
         """
         model = models.load(folder)
-        keys, values = method(jax.random.key(seed), dim=model.architecture.dim, bits_k=bits_k, bits_v=bits_v)
-        setting = _setting(model, f"{method.__module__.rpartition('.')[2]} K{bits_k}/V{bits_v}", sinks, window)
-        return Trial(model=model, keys=keys, values=values, sinks=sinks, window=window, setting=setting)
+        if isinstance(method, Pipeline | Quantizer):
+            built = method if isinstance(method, Pipeline) else (method, method)
+            words = type(method).__name__
+        else:
+            built = build(model, method, jax.random.key(seed), bits_k=bits_k, bits_v=bits_v)
+            words = f"{method.__module__.rpartition('.')[2]} K{bits_k}/V{bits_v}"
+        setting = _setting(model, words, sinks, window)
+        return Trial(model=model, compression=built, sinks=sinks, window=window, setting=setting)
 
     @staticmethod
     def calibrated(folder: Path | None, path: Path, *, sinks: int, window: int) -> "Trial":
@@ -98,15 +105,22 @@ class Trial:
         found, model = files.read(path), models.load(folder)
         found.check(model)
         setting = _setting(model, f"calibrated to {found.bits:.3f} bits, gains included", sinks, window)
-        return Trial(model=model, keys=found.keys, values=found.values, sinks=sinks, window=window, setting=setting)
+        pair = found.keys, found.values
+        return Trial(model=model, compression=pair, sinks=sinks, window=window, setting=setting)
 
-    def cache(self, rows: int, capacity: int) -> KVCache:
+    def cache(self, rows: int, capacity: int) -> Cache:
         """Make an empty compressed cache."""
+        if isinstance(self.compression, Pipeline):
+            a = self.model.architecture
+            return pipeline.init(
+                self.compression, layers=a.layers, batch=rows, kv_heads=a.kv_heads, capacity=capacity,
+                sinks=self.sinks, window=self.window,
+            )  # fmt: skip
         return self.model.decoder.init_cache(
-            self.keys, self.values, batch=rows, capacity=capacity, sinks=self.sinks, window=self.window
+            *self.compression, batch=rows, capacity=capacity, sinks=self.sinks, window=self.window
         )
 
-    def baseline(self, rows: int, capacity: int, dtype: str = "bfloat16") -> KVCache:
+    def baseline(self, rows: int, capacity: int, dtype: str = "bfloat16") -> Cache:
         """Make an empty cache that does not compress."""
         exact = quantizers.Exact(dim=self.model.architecture.dim, dtype=dtype)  # pyright: ignore[reportArgumentType]
         return self.model.decoder.init_cache(exact, exact, batch=rows, capacity=capacity, dtype=dtype)
@@ -270,6 +284,50 @@ class Trial:
         marked = needles.answers(rows, self.model.tokenizer)
         scores, *_ = self._score(rows, dtype, chunk, batch, "asking for pass keys", progress)
         return scores.retrieval(marked)
+
+
+def build(
+    model: models.Model,
+    method: Callable[..., Any],
+    key: PRNGKeyArray,
+    *,
+    bits_k: int,
+    bits_v: int,
+    measured: Statistics | None = None,
+) -> Compression:
+    """Build what a method makes for a model.
+
+    Args:
+        model: to compress the cache of.
+        method: a function of a key, `bits_k`, `bits_v`, perhaps `dim`, and perhaps of statistics of the model, by the
+            names of their attributes; see `catalogue`.
+        key: of what is random.
+        bits_k: bits per coordinate of keys.
+        bits_v: bits per coordinate of values.
+        measured: statistics of the model; None collects them, where they are asked for, over the last 4,096 tokens of
+            the text in the package.
+
+    Raises:
+        ValueError: the method asks for statistics that there are not.
+    """
+    given: dict[str, Any] = {"bits_k": bits_k, "bits_v": bits_v}
+    if "dim" in inspect.signature(method).parameters:
+        given["dim"] = model.architecture.dim
+    asked = catalogue.wanted(method)
+    known = {field.name for field in dataclasses.fields(Statistics)}
+    if not known.issuperset(asked):
+        raise ValueError(f"{method.__name__} asks for {', '.join(asked)}; there are {', '.join(sorted(known))}")
+    if asked:
+        measured = _measured(model) if measured is None else measured
+        given |= {name: getattr(measured, name) for name in asked}
+    return method(key, **given)
+
+
+def _measured(model: models.Model) -> Statistics:
+    text = token_files.read(model, None)
+    start = len(text) - _SAMPLED_ROWS * _SAMPLED_LENGTH
+    rows = evaluate.rows(text, start=start, count=_SAMPLED_ROWS, length=_SAMPLED_LENGTH - 1)
+    return statistics.collect(model.decoder, rows, samples=1024)
 
 
 def _setting(model: models.Model, method: str, sinks: int, window: int) -> str:

@@ -16,7 +16,7 @@ from jaxquant import cache as caches
 from jaxquant.cache import KVCache
 from jaxquant.models.architecture import Architecture
 from jaxquant.models.rope import Rope, rotate
-from jaxquant.protocols import Quantizer
+from jaxquant.protocols import Cache, Quantizer
 
 Tap = Callable[[int, Array, Array, Array], tuple[Array, Array, Array]]
 """Sees, and may replace, what attention reads: layer, queries, keys and values, [batch, new, heads, dim] each."""
@@ -107,10 +107,10 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch new hidden"],
         positions: Int[Array, "batch new"],
-        cache: KVCache | None,
+        cache: Cache | None,
         mask: Bool[Array, "batch new"] | None,
         tap: Tap | None = None,
-    ) -> tuple[Float[Array, "batch new hidden"], KVCache | None]:
+    ) -> tuple[Float[Array, "batch new hidden"], Cache | None]:
         """Append the keys and values of `x` to the cache, if there is one, and attend."""
         batch, new, _ = x.shape
         q, k, v = (
@@ -123,17 +123,10 @@ class Attention(nnx.Module):
             q, k, v = tap(self.layer, q, k, v)
         if cache is None:
             out = causal_attention(q, k, v, mask=mask, scale=self.scale, window=self.window)
-        elif new == 1:
-            cache = caches.append(cache, self.layer, k, v, mask=mask)
-            out, _ = attention.decode_attention(
-                q[:, 0], cache, self.layer, scale=self.scale, sliding_window=self.window
-            )
-            out = out[:, None]
         else:
-            out, _, cache = attention.prefill_attention(
-                q, k, v, cache, self.layer,
-                mask=mask, scale=self.scale, sliding_window=self.window,
-            )  # fmt: skip
+            out, cache = attention.attend(
+                q, k, v, cache, self.layer, mask=mask, scale=self.scale, sliding_window=self.window
+            )
         return self.o_proj(out.reshape(batch, new, -1).astype(x.dtype)), cache
 
 
@@ -174,10 +167,10 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "batch new hidden"],
         positions: Int[Array, "batch new"],
-        cache: KVCache | None,
+        cache: Cache | None,
         mask: Bool[Array, "batch new"] | None,
         tap: Tap | None = None,
-    ) -> tuple[Float[Array, "batch new hidden"], KVCache | None]:
+    ) -> tuple[Float[Array, "batch new hidden"], Cache | None]:
         """Add both blocks to the residual stream."""
         attended, cache = self.self_attn(self.input_layernorm(x), positions, cache, mask, tap)
         if self.pre_feedforward_layernorm is not None and self.post_feedforward_layernorm is not None:
@@ -188,7 +181,7 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A causal language model that reads and writes a `KVCache`.
+    """A causal language model that reads and writes a cache.
 
     Args:
         architecture: shapes and features.
@@ -214,11 +207,11 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "batch new"],
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         *,
         mask: Bool[Array, "batch new"] | None = None,
         tap: Tap | None = None,
-    ) -> tuple[Float[Array, "batch new vocabulary"], KVCache | None]:
+    ) -> tuple[Float[Array, "batch new vocabulary"], Cache | None]:
         """Return the logits of every position; see `hidden` for the arguments."""
         hidden, cache = self.hidden(tokens, cache, mask=mask, tap=tap)
         return self.logits(hidden), cache
@@ -226,11 +219,11 @@ class Decoder(nnx.Module):
     def hidden(
         self,
         tokens: Int[Array, "batch new"],
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         *,
         mask: Bool[Array, "batch new"] | None = None,
         tap: Tap | None = None,
-    ) -> tuple[Float[Array, "batch new hidden"], KVCache | None]:
+    ) -> tuple[Float[Array, "batch new hidden"], Cache | None]:
         """Run the layers and the last norm, without the projection to the vocabulary.
 
         Args:

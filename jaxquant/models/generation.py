@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from jaxquant.cache import KVCache
 from jaxquant.models.decoder import Decoder
+from jaxquant.protocols import Cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Generation:
     """
 
     tokens: list[list[int]]
-    cache: KVCache
+    cache: Cache
     warmup_seconds: float
     prefill_seconds: float
     decode_seconds: float
@@ -86,10 +86,10 @@ def sample(
 def _prefill(
     graph: nnx.GraphDef,
     state: PyTree,
-    cache: KVCache,
+    cache: Cache,
     tokens: Int[Array, "batch chunk"],
     mask: Bool[Array, "batch chunk"],
-) -> tuple[Float[Array, "batch vocabulary"], KVCache]:
+) -> tuple[Float[Array, "batch vocabulary"], Cache]:
     decoder: Decoder = nnx.merge(graph, state)
     hidden, extended = decoder.hidden(tokens, cache, mask=mask)
     assert extended is not None
@@ -98,8 +98,8 @@ def _prefill(
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _decode(
-    graph: nnx.GraphDef, state: PyTree, cache: KVCache, tokens: Int[Array, " batch"], mask: Bool[Array, " batch"]
-) -> tuple[Float[Array, "batch vocabulary"], KVCache]:
+    graph: nnx.GraphDef, state: PyTree, cache: Cache, tokens: Int[Array, " batch"], mask: Bool[Array, " batch"]
+) -> tuple[Float[Array, "batch vocabulary"], Cache]:
     decoder: Decoder = nnx.merge(graph, state)
     logits, extended = decoder(tokens[:, None], cache, mask=mask[:, None])
     assert extended is not None
@@ -114,7 +114,7 @@ def _greedy(logits: Float[Array, "batch vocabulary"]) -> Int[Array, " batch"]:
 def generate(
     key: PRNGKeyArray | None,
     decoder: Decoder,
-    cache: KVCache,
+    cache: Cache,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
@@ -220,7 +220,7 @@ def _pad(prompts: Sequence[Sequence[int]], chunk: int, vocabulary: int) -> tuple
 
 def _check(
     key: PRNGKeyArray | None,
-    cache: KVCache,
+    cache: Cache,
     mask: np.ndarray,
     max_tokens: int,
     *,

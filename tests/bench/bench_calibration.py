@@ -77,7 +77,7 @@ def main() -> None:
     reports = []
     for name, keys, values in settings:
         chosen = trial.Trial(
-            model=model, keys=keys, values=values, sinks=options.sinks, window=options.window, setting=name
+            model=model, compression=(keys, values), sinks=options.sinks, window=options.window, setting=name
         )
         common = {"seq_len": options.seq_len, "chunk": 256, "batch": 8, "progress": lambda *_: None}
         report = chosen.measure(
