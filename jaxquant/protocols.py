@@ -195,6 +195,42 @@ class RankedStrategy(Strategy, Protocol):
         ...
 
 
+@runtime_checkable
+class StepStrategy(Protocol):
+    """Codes a tensor that changes from step to step; sender and receiver hold the same state.
+
+    The sender makes a payload from its state and follows it as the receiver does, so that it always knows what the
+    receiver has: errors cannot add up. All leaves of states and payloads have the rows of the batch first.
+    """
+
+    def start(self, quantizer: "Quantizer", x: Float[Array, "batch heads tokens dim"], /) -> PyTree[Any]:
+        """Code the tensor of the first step whole."""
+        ...
+
+    def load(self, quantizer: "Quantizer", payload: PyTree[Any], /) -> PyTree[Any]:
+        """Make the state of a first payload."""
+        ...
+
+    def send(
+        self,
+        state: PyTree[Any],
+        quantizer: "Quantizer",
+        x: Float[Array, "batch heads tokens dim"],
+        fresh: Bool[Array, "batch heads tokens"],
+        /,
+    ) -> PyTree[Any]:
+        """Code the tensor of the next step; tokens marked `fresh` must not rest on earlier steps, where room allows."""
+        ...
+
+    def follow(self, state: PyTree[Any], quantizer: "Quantizer", payload: PyTree[Any], /) -> PyTree[Any]:
+        """Move the state on by a payload."""
+        ...
+
+    def value(self, state: PyTree[Any], quantizer: "Quantizer", /) -> Float[Array, "batch heads tokens dim"]:
+        """Decode the newest step."""
+        ...
+
+
 class Observation(NamedTuple):
     """What a monitor sees each time a block of tokens is complete.
 

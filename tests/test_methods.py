@@ -22,6 +22,9 @@ import pytest
 from jaxquant import attention, cache, methods, protocols, quantizers, rotations
 from jaxquant._pytree import pytree, static
 from jaxquant.methods import uniform
+from jaxquant.methods.cfg_sharing import Sharing
+from jaxquant.pipeline import Pipeline
+from jaxquant.streams import Stream
 
 NAMES = [f"{methods.__name__}.{found.name}" for found in pkgutil.iter_modules(methods.__path__)]
 NAMES += os.environ.get("JAXQUANT_CONTRACT", "").split()
@@ -43,7 +46,8 @@ def check_module(module):
     doc = module.__doc__ or ""
     assert doc.strip(), "no docstring"
     assert "References:" in doc, "no References in the docstring"
-    assert re.search(r"arXiv:(\d{4}\.\d{4,5}|[a-z-]+/\d{7})", doc), "no arXiv id in the docstring"
+    named = re.search(r"arXiv:(\d{4}\.\d{4,5}|[a-z-]+/\d{7})|References:\s+No (paper|arXiv id)", doc)
+    assert named, "no arXiv id in the docstring, and no word that there is none"
     assert isinstance(getattr(module, "EXAMPLES", None), tuple), "no EXAMPLES tuple"
     assert module.EXAMPLES, "EXAMPLES is empty"
     own = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
@@ -280,8 +284,9 @@ def test_quantizer(name, check):
 
 def test_every_example_satisfies_a_protocol():
     assert len(MODULES) >= 9
+    composed = (Pipeline, Stream, Sharing)
     for name, example in EXAMPLES.items():
-        assert any(isinstance(example, kind) for kind in PROTOCOLS), f"{name} satisfies no protocol"
+        assert any(isinstance(example, kind) for kind in (*PROTOCOLS, *composed)), f"{name} satisfies no protocol"
     assert not any(isinstance(object(), kind) for kind in PROTOCOLS)
 
 

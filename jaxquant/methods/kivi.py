@@ -12,7 +12,8 @@ References:
     quantization for KV cache", arXiv:2402.02750, section 3 and algorithm 1.
 
 Differs from the paper: groups leave the residual one at a time, keys and values together, so that it holds from
-`window` to `window + group` tokens, where the paper empties all of it once it is full and keeps exactly `window` values.
+`window` to `window + group` tokens, where the paper empties all of it once it is full and always keeps the same number
+of values.
 """
 
 import jax

@@ -5,8 +5,8 @@ query of each block, o_t = attention(q_t), and scaled back to unit length each t
 
     d' = J_t d,    g_t = log |d'|,    d = d' / |d'|,    exponent = mean of g_t.
 
-J_t d is a Jacobian-vector product (`jax.jvp`), taken through the compressed cache, one for each row and kv head. Where the
-mean exponent over heads is above `above`, errors grow, and the threshold becomes `growing`, which lets more tokens
+J_t d is a Jacobian-vector product (`jax.jvp`), taken through the compressed cache, one for each row and kv head. Where
+the mean exponent over heads is above `above`, errors grow, and the threshold becomes `growing`, which lets more tokens
 have what is scarce; below `below` they die out, and it becomes `dying`. `exponent` does the same for any map.
 
 References:

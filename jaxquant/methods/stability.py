@@ -70,7 +70,7 @@ class Stability:
 
         def mean(most: int) -> Array:
             held = age < jnp.minimum(blocks, most)[:, None]
-            return jnp.sum(jnp.where(held, entropies, 0.0), axis=1) / jnp.minimum(blocks, most)
+            return jnp.sum(jnp.where(held, entropies, 0.0), axis=1) / jnp.sum(held, axis=1, dtype=jnp.float32)
 
         shift = mean(self.newest) / jnp.maximum(mean(self.window), 1e-10) - 1.0
         steered = jnp.where(
