@@ -38,9 +38,11 @@ def test_info_and_methods(run):
     assert listed["turboquant"]["cost"]["bytes_per_token"] == 2 * (128 * 4 / 8 + 2)
     assert set(listed["uniform"]["variants"]) == {"symmetric", "Hadamard"}
     for name, entry in listed.items():
-        assert re.search(r"arXiv:[\d.]+", entry["source"]), name
-        assert entry["cost"]["encode"] > 0, name
-        assert entry["cost"]["decode"] > 0, name
+        assert entry["source"], name
+        if entry["caches"]:
+            assert entry["cost"]["bytes_per_token"] > 0, name
+            assert entry["cost"]["encode"] > 0, name
+            assert entry["cost"]["decode"] > 0, name
     assert set(listed) == set(report["methods"])
     assert "turboquant" in run("methods").stdout
 

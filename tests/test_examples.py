@@ -80,6 +80,10 @@ def test_search_over_codes_is_search_over_decoded_vectors(load):
     codes = sum(leaf.nbytes for leaf in jax.tree.leaves(found.codes))
     assert codes == 3 * module.BLOCK * (48 * 4 // 8 + 2)
     assert found.codes.codes.dtype == jnp.uint8
+    # The zeros that fill the last block up are nobody's neighbours, even where every inner product is negative.
+    scores, place = module.search(module.index(quantizer, jnp.abs(base)), -jnp.abs(queries))
+    assert scores.max() < 0
+    assert place.max() < len(base)
 
 
 def test_recall_rises_with_bits_and_exact_search_is_exact(load, monkeypatch):
