@@ -6,11 +6,12 @@ cut into chunks, and what is read depends on nothing but what is held.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Tensor = Any  # of the framework
 
 
+@runtime_checkable
 class Coder(Protocol):
     """A quantizer in the arithmetic of one framework, and the few operations in which frameworks differ."""
 
@@ -29,6 +30,10 @@ class Coder(Protocol):
 
     def join(self, parts: Sequence[Tensor], /) -> Tensor:
         """Concatenate along tokens, into memory of its own."""
+        ...
+
+    def zeros(self, like: Tensor, tokens: int, /) -> Tensor:
+        """Make tokens of zeros, with the other axes, the dtype and the device of `like`."""
         ...
 
     def own(self, x: Tensor, /) -> Tensor:
@@ -57,10 +62,9 @@ class Half:
 
     def __init__(self, coder: Coder, *, sinks: int, window: int, like: Tensor):
         self.coder, self.sinks, self.window = coder, sinks, window
-        nothing = like[:, :, :0]
-        self.codes = coder.quantize(nothing)
-        self.recent = coder.own(nothing)
-        self.exact = coder.own(coder.join([nothing, *[like[:, :, :1]] * sinks])) if sinks else None
+        self.recent = coder.zeros(like, 0)
+        self.codes = coder.quantize(self.recent)
+        self.exact = coder.zeros(like, sinks) if sinks else None
         self.start = 0
 
     @property
@@ -108,6 +112,7 @@ class Half:
         if end < self.end:
             kept = max(end - self.start, 0)
             self._cut(slice(0, min(kept, self.coded)), slice(0, max(kept - self.coded, 0)))
+            self.start = min(self.start, end)
 
     def drop(self, start: int) -> None:
         """Forget every slot before `start`."""

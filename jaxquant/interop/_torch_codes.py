@@ -59,6 +59,10 @@ class Torch:
         """Concatenate along tokens."""
         return torch.cat(list(parts), dim=2)
 
+    def zeros(self, like: torch.Tensor, tokens: int, /) -> torch.Tensor:
+        """Make tokens of zeros."""
+        return like.new_zeros((*like.shape[:2], tokens, like.shape[3]))
+
     def own(self, x: torch.Tensor, /) -> torch.Tensor:
         """Copy."""
         return x.clone(memory_format=torch.contiguous_format)

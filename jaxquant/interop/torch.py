@@ -222,7 +222,7 @@ class CompressedLayer(CacheLayerMixin):
         end = max(end, 0)
         if self.sliding_window is not None:
             start = self.halves[0].start
-            if end < length and start > max(end - self.sliding_window + 1, 0):
+            if 0 < end < length and start > max(end - self.sliding_window + 1, 0):
                 raise RuntimeError(
                     f"crop to {end} of {length} slots needs what slid out of the window of {self.sliding_window}: call "
                     "activate_past_recording before the tokens that may be taken back"
