@@ -1,7 +1,6 @@
 """`CompressedCache` against a list of tokens, and its codes against those of JAX."""
 
 import copy
-import gc
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,8 @@ from interop_oracle import Oracle, pair
 
 torch = pytest.importorskip("torch", reason="needs the extra jaxquant[torch]")
 transformers = pytest.importorskip("transformers", reason="needs the extra jaxquant[torch]")
+
+from interop_storage import reachable  # noqa: E402
 
 from jaxquant import quantizers  # noqa: E402
 from jaxquant.interop import _torch_codes  # noqa: E402
@@ -32,22 +33,6 @@ def config(**changes):
 def tokens(seed, count, *, batch=BATCH):
     rng = np.random.default_rng(seed)
     return [rng.normal(size=(batch, HEADS, count, DIM)).astype(np.float32) for _ in range(2)]
-
-
-def reachable(thing):
-    """Bytes of the distinct storages of every tensor that can be reached from an object, by the garbage collector."""
-    seen, storages, todo = {id(thing)}, {}, [thing]
-    while todo:
-        current = todo.pop()
-        if isinstance(current, torch.Tensor):
-            storage = current.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        for other in gc.get_referents(current):
-            inside = not isinstance(other, type) and not callable(other) and type(other).__name__ != "module"
-            if id(other) not in seen and inside:
-                seen.add(id(other))
-                todo.append(other)
-    return sum(storages.values())
 
 
 def assert_reads(found, expected):

@@ -11,7 +11,7 @@ from interop_oracle import Oracle, pair
 torch = pytest.importorskip("torch", reason="needs the extra jaxquant[torch]")
 transformers = pytest.importorskip("transformers", reason="needs the extra jaxquant[torch]")
 
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # noqa: E402
+from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
 
 from jaxquant import models  # noqa: E402
 from jaxquant.interop.torch import CompressedCache  # noqa: E402
@@ -205,17 +205,13 @@ def test_beam_search(model):
 
 def test_assisted_generation(model):
     """An assistant that is often wrong: rejected drafts are cropped, and the tokens are those without it."""
-    if any(isinstance(layer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers):
-        if not hasattr(DynamicSlidingWindowLayer, "activate_past_recording"):
-            pytest.skip("this transformers cannot take back tokens of a sliding window")
     assistant = copy.deepcopy(model)
     for parameter in assistant.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     ids = prompt()
     options = {"max_new_tokens": 16, "do_sample": False}
     ours, _ = both(model)
-    if hasattr(ours, "activate_past_recording"):
-        ours.activate_past_recording()
+    ours.activate_past_recording()
     crops, crop = [], ours.crop
     ours.crop = lambda count: (crops.append(count), crop(count))[1]
     with warnings.catch_warnings():
@@ -232,10 +228,7 @@ def test_continuing_after_a_crop(model):
     """A prompt is edited at its end: as if the old end had never been there."""
     ids, other = prompt(12), prompt(12, seed=1)
     ours, _ = both(model)
-    if hasattr(ours, "activate_past_recording"):
-        ours.activate_past_recording()
-    elif any(ours.is_sliding):
-        pytest.skip("this transformers cannot take back tokens of a sliding window")
+    ours.activate_past_recording()
     logits(model, ids, ours)
     ours.crop(-5)
     assert ours.get_seq_length() == 7
@@ -287,7 +280,7 @@ def test_the_same_tokens_as_jax():
     keys, values = turboquant.kv(jax.random.key(0), dim=mine.architecture.dim, bits_k=4, bits_v=2)
     ids = mine.tokenizer.encode("import numpy as np\n\ndef main(")
     held = mine.decoder.init_cache(keys, values, batch=1, capacity=96)
-    expected = models.generate(None, mine.decoder, held, [ids], max_tokens=24).tokens[0]
+    expected = models.generate(None, mine.decoder, held, [ids], max_tokens=24, chunk=16).tokens[0]
     cache = CompressedCache(model.config, keys, values)
     found = model.generate(
         torch.tensor([ids]), past_key_values=cache, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0

@@ -102,6 +102,12 @@ class CompressedCache(Cache):
         storages = (tensor.untyped_storage() for tensor in self._tensors())
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
 
+    def activate_past_recording(self) -> None:
+        """Hold what slides out of sight until the next `crop`, as assisted generation over sliding windows needs."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
     def _tensors(self) -> Iterator[torch.Tensor]:
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):
