@@ -7,15 +7,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import torch
 
-from jaxquant.interop import dlpack
+from jaxquant.interop import _tables
+from jaxquant.interop._tables import FIELDS
 from jaxquant.quantizers import Exact, Scalar
 
-_FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _BLOCK = 1 << 24  # coordinates that are decoded at a time
 _TINY, _EPS = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).eps
 
@@ -96,16 +93,8 @@ class ScalarCodes(Torch):
     """`quantizers.Scalar`."""
 
     def __init__(self, quantizer: Scalar):
-        with jax.default_device(jax.devices("cpu")[0]):
-            rotation, book = jax.device_put((quantizer.rotation, quantizer.codebook), jax.devices("cpu")[0])
-            stored = jax.device_put(quantizer, jax.devices("cpu")[0]).stored_levels
-            matrix = rotation.rotate(jnp.eye(quantizer.dim))
-            order = jnp.asarray(np.argsort(np.asarray(stored), stable=True)[: len(book.centroids)].astype(np.uint8))
-            arrays = {"centroids": book.centroids, "boundaries": book.boundaries, "stored": stored, "order": order}
-        super().__init__(
-            quantizer.dim,
-            **{name: dlpack.from_jax(x, torch, copy=True) for name, x in {"matrix": matrix, **arrays}.items()},
-        )
+        tables = {name: torch.from_numpy(x) for name, x in _tables.tables(quantizer).items()}
+        super().__init__(quantizer.dim, **tables)
         self.bits, self.rule = quantizer.bits, quantizer.scale
         self.scale_dtype = getattr(torch, quantizer.scale_dtype)
 
@@ -150,7 +139,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack codes along the last axis: `jaxquant.packing.pack`."""
     whole = codes.shape[-1] // 8 * 8
     parts, shift = [], 0
-    for width in _FIELDS[bits]:
+    for width in FIELDS[bits]:
         plane = whole * width // 8
         field = (codes[..., :whole] >> shift) & (2**width - 1)
         packed = field[..., :plane]
@@ -170,7 +159,7 @@ def unpack(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
     """Undo `pack`."""
     whole = length // 8 * 8
     codes, start, shift = None, 0, 0
-    for width in _FIELDS[bits]:
+    for width in FIELDS[bits]:
         plane = whole * width // 8
         part = packed[..., start : start + plane]
         field = torch.cat([(part >> (width * p)) & (2**width - 1) for p in range(8 // width)], dim=-1)
