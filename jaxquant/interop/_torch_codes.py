@@ -106,7 +106,7 @@ class ScalarCodes(Torch):
             index = torch.bucketize(y, self.tables["boundaries"], out_int32=True)
             scales = norm * self._correction(y, index)
             limit = torch.finfo(self.scale_dtype).max
-            return pack(self.tables["order"][index], self.bits), scales.clamp(-limit, limit).to(self.scale_dtype)
+            return pack(_look_up(self.tables["order"], index), self.bits), scales.clamp(-limit, limit).to(self.scale_dtype)
 
     def dequantize(self, code: tuple[torch.Tensor, ...], like: torch.Tensor, /) -> torch.Tensor:
         """Decode vectors, a block of tokens at a time."""
@@ -117,7 +117,7 @@ class ScalarCodes(Torch):
         with torch.autocast(like.device.type, enabled=False):
             for first in range(0, tokens, step):
                 block = slice(first, first + step)
-                levels = self.tables["stored"][unpack(packed[:, :, block], self.bits, self.dim).int()]
+                levels = _look_up(self.tables["stored"], unpack(packed[:, :, block], self.bits, self.dim).int())
                 levels *= (scales[:, :, block].float() * self.dim**-0.5)[..., None]
                 out[:, :, block] = levels @ self.tables["matrix"].T
         return out
@@ -125,7 +125,7 @@ class ScalarCodes(Torch):
     def _correction(self, y: torch.Tensor, index: torch.Tensor) -> torch.Tensor | float:
         if self.rule == "norm":
             return 1.0
-        levels = self.tables["centroids"][index]
+        levels = _look_up(self.tables["centroids"], index)
         along = (y * levels).sum(-1)
         energy = (levels * levels).sum(-1).clamp(min=_EPS)
         if self.rule == "preserve":
@@ -171,6 +171,10 @@ def unpack(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
         stream = stream.unflatten(-1, (length - whole, bits)) << _arange(bits, packed)
         codes = torch.cat([codes, stream.sum(-1, dtype=torch.uint8)], dim=-1)
     return codes
+
+
+def _look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return table.index_select(0, index.reshape(-1)).view(index.shape)  # a third of the time of table[index] on a CPU
 
 
 @functools.lru_cache(maxsize=8)  # the same sinks at every step

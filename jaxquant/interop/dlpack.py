@@ -42,7 +42,9 @@ def to_jax(x: Any, *, device: jax.Device | None = None, copy: bool | None = None
             f"x has dtype {dtype}, which JAX would hold in 32 bits: cast it first, or set jax_enable_x64 to keep it"
         )
     try:
-        return jax.dlpack.from_dlpack(x, device=device, copy=copy)
+        shared = jax.dlpack.from_dlpack(x, device=device, copy=None if copy else copy)
+        # JAX takes copy=True and shares all the same; waiting lets the caller write to x as soon as this returns.
+        return jnp.array(shared, copy=True).block_until_ready() if copy else shared
     except BufferError:
         if not isinstance(x, np.ndarray):
             raise  # torch says it well: a tensor that requires a gradient, or with a lazy conjugate
