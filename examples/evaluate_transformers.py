@@ -86,7 +86,9 @@ def text_task(path: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def evaluate(model: Any, tokenizer: Any, options: argparse.Namespace, make_cache: Callable[[], Cache]) -> dict[str, Any]:
+def evaluate(
+    model: Any, tokenizer: Any, options: argparse.Namespace, make_cache: Callable[[], Cache]
+) -> dict[str, Any]:
     """Run all that was asked for over one kind of cache."""
     words, report = Words(tokenizer), {}
     tasks: list[Any] = [task for task in options.tasks.split(",") if task]

@@ -1,6 +1,6 @@
 """Code tensors of torch with JAX, without copying them on the way there or back.
 
-    python examples/interop_dlpack.py            # needs jaxquant[torch]
+python examples/interop_dlpack.py            # needs jaxquant[torch]
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Generate with mlx-lm over a cache of 4-bit keys and 2-bit values.
 
-    python examples/interop_mlx.py [MODEL]       # needs jaxquant[mlx]; without a folder, the small model in the package
+python examples/interop_mlx.py [MODEL]       # needs jaxquant[mlx]; without a folder, the small model in the package
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Generate with Hugging Face transformers over a cache of 4-bit keys and 2-bit values.
 
-    python examples/interop_torch.py [MODEL]     # needs jaxquant[torch]; without a folder, the small model in the package
+python examples/interop_torch.py [MODEL]     # needs jaxquant[torch]; without a folder, the small model in the package
 """
 
 import argparse

@@ -216,7 +216,9 @@ def reference(model, **kept):
 
 
 def logits(model, ids, held, cuts=()):
-    parts = [model(ids[:, first:last], cache=held) for first, last in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True)]
+    parts = [
+        model(ids[:, first:last], cache=held) for first, last in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True)
+    ]
     return np.array(mx.concatenate(parts, axis=1))
 
 

@@ -37,7 +37,9 @@ def tokens(seed, count, *, batch=BATCH):
 
 def assert_reads(found, expected):
     """Rounding alone: a decoded vector is a float32 sum of dim products, of float32 factors."""
-    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=8 * DIM * EPS * max(1, np.abs(expected).max(initial=0)))
+    np.testing.assert_allclose(
+        found.numpy(), expected, rtol=0, atol=8 * DIM * EPS * max(1, np.abs(expected).max(initial=0))
+    )
 
 
 SPECS = {

@@ -283,7 +283,12 @@ def test_the_same_tokens_as_jax():
     expected = models.generate(None, mine.decoder, held, [ids], max_tokens=24, chunk=16).tokens[0]
     cache = CompressedCache(model.config, keys, values)
     found = model.generate(
-        torch.tensor([ids]), past_key_values=cache, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+        torch.tensor([ids]),
+        past_key_values=cache,
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )[0, len(ids) :].tolist()
     assert found[: len(expected)] == expected
     plain = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -53,7 +53,9 @@ class Mlx:
         """Copy what is a part of something larger."""
         return mx.contiguous(x)
 
-    def place(self, out: mx.array, rows: Sequence[int], slots: Sequence[int], tokens: mx.array, which: Sequence[int], /):
+    def place(
+        self, out: mx.array, rows: Sequence[int], slots: Sequence[int], tokens: mx.array, which: Sequence[int], /
+    ):
         """Copy tokens of one array into another."""
         row, slot, source = (mx.array(list(part)) for part in (rows, slots, which))
         out[row, :, slot] = tokens[row, :, source].astype(out.dtype)

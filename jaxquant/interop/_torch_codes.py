@@ -65,7 +65,13 @@ class Torch:
         return x.clone(memory_format=torch.contiguous_format)
 
     def place(
-        self, out: torch.Tensor, rows: Sequence[int], slots: Sequence[int], tokens: torch.Tensor, which: Sequence[int], /
+        self,
+        out: torch.Tensor,
+        rows: Sequence[int],
+        slots: Sequence[int],
+        tokens: torch.Tensor,
+        which: Sequence[int],
+        /,
     ) -> torch.Tensor:
         """Copy tokens of one tensor into another, in place."""
         row, slot, source = _indices(out.device, tuple(rows), tuple(slots), tuple(which))
@@ -106,7 +112,9 @@ class ScalarCodes(Torch):
             index = torch.bucketize(y, self.tables["boundaries"], out_int32=True)
             scales = norm * self._correction(y, index)
             limit = torch.finfo(self.scale_dtype).max
-            return pack(_look_up(self.tables["order"], index), self.bits), scales.clamp(-limit, limit).to(self.scale_dtype)
+            return pack(_look_up(self.tables["order"], index), self.bits), scales.clamp(-limit, limit).to(
+                self.scale_dtype
+            )
 
     def dequantize(self, code: tuple[torch.Tensor, ...], like: torch.Tensor, /) -> torch.Tensor:
         """Decode vectors, a block of tokens at a time."""

@@ -96,9 +96,7 @@ class CompressedKVCache:
                 half.drop(half.end - self.sliding_window + 1)
         return read[0], read[1]
 
-    def make_mask(
-        self, N: int, window_size: int | None = None, return_array: bool = False
-    ) -> mx.array | str | None:
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> mx.array | str | None:
         """Say what each of `N` new tokens may see of the keys that `update_and_fetch` will return for them."""
         window_size = self.sliding_window if window_size is None else window_size
         seen = self._seen()

@@ -85,8 +85,8 @@ def caches(config: Any, quantizers: tuple[Any, Any]) -> dict[str, Callable[[], C
     }
     for backend, axes in QUANTIZED.items():
         for bits in (4, 2):
-            ways[f"QuantizedCache {backend} {bits} bits"] = lambda backend=backend, bits=bits, axes=axes: QuantizedCache(
-                backend=backend, config=config, nbits=bits, **axes
+            ways[f"QuantizedCache {backend} {bits} bits"] = lambda backend=backend, bits=bits, axes=axes: (
+                QuantizedCache(backend=backend, config=config, nbits=bits, **axes)
             )
     return ways
 
@@ -139,7 +139,9 @@ def main() -> None:
             gc.collect()
 
     plain = found["DynamicCache"]
-    print(f"\n{'cache':<46}{'tokens/s':>9}{'of exact':>9}{'prefill s':>10}{'bytes':>12}{'of exact':>9}  same: jax, exact")
+    print(
+        f"\n{'cache':<46}{'tokens/s':>9}{'of exact':>9}{'prefill s':>10}{'bytes':>12}{'of exact':>9}  same: jax, exact"
+    )
     for name in ways:
         entry = found[name]
         entry["tokens_per_second"] = 1 / statistics.median(entry.pop("steps"))
