@@ -1,4 +1,4 @@
-"""What attention may read of a cache, from a list of tokens in float64: nothing is shared with the caches under test."""
+"""What attention may read of a cache, from a list of tokens in float64; nothing of the caches under test is used."""
 
 import functools
 

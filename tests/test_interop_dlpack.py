@@ -194,7 +194,7 @@ class Elsewhere:
 
 
 def test_what_cannot_be_handed_over():
-    with pytest.raises(TypeError, match="x must have __dlpack__, .* got list"):
+    with pytest.raises(TypeError, match=r"x must have __dlpack__, .* got list"):
         dlpack.to_jax([1.0])
     with pytest.raises(ValueError, match=r"x is on npu:0, and JAX sees .*: move it, or install JAX for that device"):
         dlpack.to_jax(Elsewhere())

@@ -56,9 +56,9 @@ def test_the_evaluation_recipe(monkeypatch, tmp_path):
     text.write_text((small / "held_out.txt").read_text(encoding="utf-8")[:1500], encoding="utf-8")
 
     recipe = runpy.run_path(str(EXAMPLES / "evaluate_transformers.py"))
+    sizes = "--bits-k 2 --limit 1 --lengths 256 --rows 1 --chunk 100 --json".split()
     found = recipe["main"](
-        ["--model", str(tmp_path / "model"), "--bits-k", "2", "--text", str(text), "--limit", "1"]
-        + ["--lengths", "256", "--rows", "1", "--chunk", "100", "--scratch", str(tmp_path), "--json"]
+        ["--model", str(tmp_path / "model"), "--text", str(text), "--scratch", str(tmp_path), *sizes]
     )
     assert found["exact"].keys() == found["compressed"].keys()
     exact, compressed = (report["text bits_per_byte"] for report in found.values())

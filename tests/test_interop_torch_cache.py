@@ -1,6 +1,7 @@
 """`CompressedCache` against a list of tokens, and its codes against those of JAX."""
 
 import copy
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,8 @@ def test_any_sequence_of_operations(operations, name, record):
         return [Oracle(q, sliding=spec.get("sliding"), padding=padding, **kept) for q in pair()]
 
     oracles, batch = fresh(), BATCH
-    for seed, (verb, argument) in enumerate([("append", 3), *operations]):
+    steps: list[tuple[str, Any]] = [("append", 3), *operations]
+    for seed, (verb, argument) in enumerate(steps):
         length = oracles[0].length
         match verb:
             case "append":
@@ -147,7 +149,7 @@ def filled(name="sinks and window", count=12):
 
 
 def test_the_oracle_tells_wrong_reads_apart():
-    _, (keys, values), (k, v), _ = filled()
+    _, (keys, values), (k, _), _ = filled()
     assert_reads(keys, k)
     wrong = {
         "values": values,
@@ -212,7 +214,7 @@ def test_numbers_that_are_none():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_memory_is_the_packed_bytes(dtype):
     cache = CompressedCache(config(), *pair(bits_k=4, bits_v=2))
-    tables = None
+    tables, keys, values = None, None, None
     for count in (7, 1, 1, 30):
         x = torch.randn(BATCH, HEADS, count, DIM, dtype=getattr(torch, dtype))
         for layer in range(LAYERS):

@@ -61,11 +61,12 @@ class Reference(DynamicLayer):
 
     def __init__(self, sliding, **kept):
         super().__init__()
-        self.kept, self.sliding, self.oracles, self.record_past = kept, sliding, None, False
+        self.kept, self.sliding, self.record_past = kept, sliding, False
+        self.oracles: list[Oracle] = []
         self.is_sliding = sliding is not None
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if self.oracles is None:
+        if not self.oracles:
             padding = self.kept.pop("padding", None) or [0]
             padding = [offset for offset in padding for _ in range(len(key_states) // len(padding))]
             self.oracles = [Oracle(q, sliding=self.sliding, padding=padding, **self.kept) for q in pair()]
@@ -81,7 +82,7 @@ class Reference(DynamicLayer):
         return seen + new, self.get_seq_length() - seen
 
     def get_seq_length(self):
-        return 0 if self.oracles is None else self.oracles[0].length
+        return self.oracles[0].length if self.oracles else 0
 
     def activate_past_recording(self):
         self.record_past = True

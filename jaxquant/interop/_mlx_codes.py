@@ -3,6 +3,7 @@
 Rotations are linear, so one matrix stands for any of them. Everything is calculated in float32.
 """
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,12 +32,20 @@ def coder(quantizer: Any) -> "Mlx":
             raise TypeError(f"quantizer must be a quantizers.Scalar or Exact, got {type(quantizer).__name__}")
 
 
-class Mlx:
+class Mlx(abc.ABC):
     """The operations of `_halves.Coder` that need no arithmetic."""
 
     def __init__(self, dim: int, **tables: mx.array):
         self.dim = dim
         self.tables = tables
+
+    @abc.abstractmethod
+    def quantize(self, x: mx.array, /) -> tuple[mx.array, ...]:
+        """Code tokens [batch, kv_heads, tokens, dim]."""
+
+    @abc.abstractmethod
+    def dequantize(self, code: tuple[mx.array, ...], like: mx.array, /) -> mx.array:
+        """Decode tokens, in the dtype of `like`."""
 
     def __deepcopy__(self, memo: dict) -> "Mlx":
         return self  # nothing in it changes

@@ -3,6 +3,7 @@
 Rotations are linear, so one matrix stands for any of them. Everything is calculated in float32, whatever autocast says.
 """
 
+import abc
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -32,13 +33,21 @@ def coder(quantizer: Any) -> "Torch":
             raise TypeError(f"quantizer must be a quantizers.Scalar or Exact, got {type(quantizer).__name__}")
 
 
-class Torch:
+class Torch(abc.ABC):
     """The operations of `_halves.Coder` that need no arithmetic, and tables that follow the model's device."""
 
     def __init__(self, dim: int, **tables: torch.Tensor):
         self.dim = dim
         self.tables = tables
         self._elsewhere: dict[torch.device, Torch] = {}
+
+    @abc.abstractmethod
+    def quantize(self, x: torch.Tensor, /) -> tuple[torch.Tensor, ...]:
+        """Code tokens [batch, kv_heads, tokens, dim]."""
+
+    @abc.abstractmethod
+    def dequantize(self, code: tuple[torch.Tensor, ...], like: torch.Tensor, /) -> torch.Tensor:
+        """Decode tokens, in the dtype of `like`."""
 
     def __deepcopy__(self, memo: dict) -> "Torch":
         return self  # nothing in it changes

@@ -12,16 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 _WIDE = frozenset({"float64", "int64", "uint64", "complex128"})
 
 
-def to_jax(x: Any, *, device: jax.Device | None = None, copy: bool | None = None) -> jax.Array:
+def to_jax(x: Any, *, device: Any = None, copy: bool | None = None) -> jax.Array:
     """Hand a tensor of another framework to JAX.
 
     Args:
         x: anything with `__dlpack__`: a tensor of torch, MLX, CuPy or TensorFlow, a NumPy array.
-        device: where the array shall be; where the tensor is if None.
+        device: the `jax.Device` where the array shall be; where the tensor is if None.
         copy: None copies where the memory cannot be shared: on another device, with strides that skip or repeat
             elements, read-only in NumPy, or not aligned to 64 bytes on a CPU. True always copies, False never does.
 
@@ -82,7 +83,7 @@ def from_jax(x: jax.Array, framework: ModuleType, *, copy: bool | None = None) -
         >>> from_jax(jnp.arange(3), np)
         array([0, 1, 2], dtype=int32)
     """
-    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer):
         raise TypeError(f"x must be a jax.Array with a value (not inside jit), got {type(x).__name__}")
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         raise TypeError(f"x has dtype {x.dtype}; of a key, hand over jax.random.key_data(x)")
@@ -96,7 +97,8 @@ def from_jax(x: jax.Array, framework: ModuleType, *, copy: bool | None = None) -
         return framework.from_dlpack(x, copy=copy)  # pyright: ignore[reportAttributeAccessIssue]
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{framework.__name__} does not take {x.dtype} on {next(iter(x.devices()))} by DLPack with copy={copy}: {error}"
+            f"{framework.__name__} does not take {x.dtype} on {next(iter(x.devices()))} by DLPack with copy={copy}: "
+            f"{error}"
         ) from error
 
 

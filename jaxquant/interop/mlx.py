@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models import cache as mlx_caches
 from mlx_lm.models.base import create_causal_mask
 
@@ -137,7 +138,7 @@ class CompressedKVCache:
 
     def filter(self, batch_indices: mx.array | Sequence[int]) -> None:
         """Take rows in a new order, with repetition or omission."""
-        rows = batch_indices.tolist() if isinstance(batch_indices, mx.array) else list(batch_indices)
+        rows = [int(row) for row in np.asarray(batch_indices)]
         if self.padding is not None:
             self.padding = [self.padding[row] for row in rows]
         for half in self.halves:

@@ -105,8 +105,9 @@ class CompressedCache(Cache):
     def activate_past_recording(self) -> None:
         """Hold what slides out of sight until the next `crop`, as assisted generation over sliding windows needs."""
         for layer in self.layers:
-            if hasattr(layer, "activate_past_recording"):
-                layer.activate_past_recording()
+            activate = getattr(layer, "activate_past_recording", None)
+            if activate is not None:
+                activate()
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         for layer in self.layers:
