@@ -28,7 +28,11 @@ from jaxquant.interop.torch import CompressedCache
 from jaxquant.methods import turboquant
 
 
-class CachedModel(HFLM):
+simple_evaluate: Any = lm_eval.simple_evaluate
+Harness: Any = HFLM  # its decorators hide its type
+
+
+class CachedModel(Harness):
     """The harness's own class for transformers, with a cache in every pass."""
 
     make_cache: Callable[[], Cache]
@@ -95,10 +99,9 @@ def evaluate(
     if options.text:
         tasks.append(text_task(options.text, options.scratch))
     if tasks:
-        scored = CachedModel(pretrained=model, tokenizer=tokenizer, batch_size=options.batch)
+        scored: Any = CachedModel(pretrained=model, tokenizer=tokenizer, batch_size=options.batch)
         scored.make_cache = make_cache
-        found = lm_eval.simple_evaluate(scored, tasks=tasks, limit=options.limit, bootstrap_iters=0)
-        assert found is not None
+        found = simple_evaluate(scored, tasks=tasks, limit=options.limit, bootstrap_iters=0)
         for task, scores in found["results"].items():
             numbers = {name.removesuffix(",none"): x for name, x in scores.items() if isinstance(x, float)}
             report |= {f"{task} {name}": x for name, x in numbers.items()}

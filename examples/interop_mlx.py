@@ -5,6 +5,7 @@ python examples/interop_mlx.py [MODEL]       # needs jaxquant[mlx]; without a fo
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import jax
 import mlx_lm
@@ -16,11 +17,12 @@ from jaxquant.methods import turboquant
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", nargs="?", type=Path, default=models.load().folder)
     parser.add_argument("--new", type=int, default=24)
     options = parser.parse_args()
-    model, tokenizer = mlx_lm.load(str(options.model))[:2]
+    loaded: Any = mlx_lm.load(str(options.model))
+    model, tokenizer = loaded[:2]
     dim = model.args.head_dim or model.args.hidden_size // model.args.num_attention_heads
 
     keys, values = turboquant.kv(jax.random.key(0), dim=dim, bits_k=4, bits_v=2)

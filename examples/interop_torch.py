@@ -5,6 +5,7 @@ python examples/interop_torch.py [MODEL]     # needs jaxquant[torch]; without a 
 
 import argparse
 import copy
+from typing import Any
 
 import jax
 import torch
@@ -16,14 +17,14 @@ from jaxquant.methods import turboquant
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", nargs="?", default=models.load().folder)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--new", type=int, default=24)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").to(options.device)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").to(options.device)
     greedy = {"max_new_tokens": options.new, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
 
     keys, values = turboquant.kv(jax.random.key(0), dim=model.config.head_dim, bits_k=4, bits_v=2)
@@ -32,7 +33,8 @@ def main() -> None:
     for name, held in {"16 bits": exact, "K4/V2": cache}.items():
         out = model.generate(**prompt, past_key_values=held, **greedy)
         print(f"--- {name}\n{tokenizer.decode(out[0])}\n")
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in exact.layers)
+    kept: list[Any] = list(exact.layers)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept)
     print(f"bytes of {cache.get_seq_length()} tokens: {held:,} as they came, {cache.nbytes:,} packed, tables included")
 
     # A batch of prompts of different length: the sinks begin after the padding.

@@ -4,6 +4,7 @@ Rotations are linear, so one matrix stands for any of them. Everything is calcul
 """
 
 import abc
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -55,10 +56,8 @@ class Torch(abc.ABC):
     def to(self, device: torch.device) -> "Torch":
         """Give the same coder with tables on a device, one for all who ask."""
         if device not in self._elsewhere:
-            other = object.__new__(type(self))
-            other.__dict__ = {**self.__dict__, "_elsewhere": {}}
-            other.tables = {name: table.to(device) for name, table in self.tables.items()}
-            self._elsewhere[device] = other
+            self._elsewhere[device] = copy.copy(self)
+            self._elsewhere[device].tables = {name: table.to(device) for name, table in self.tables.items()}
         return self._elsewhere[device]
 
     def join(self, parts: Sequence[torch.Tensor], /) -> torch.Tensor:
