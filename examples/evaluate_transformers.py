@@ -27,7 +27,6 @@ from jaxquant import models, needles
 from jaxquant.interop.torch import CompressedCache
 from jaxquant.methods import turboquant
 
-
 simple_evaluate: Any = lm_eval.simple_evaluate
 Harness: Any = HFLM  # its decorators hide its type
 
