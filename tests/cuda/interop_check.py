@@ -118,11 +118,12 @@ def cache(folder: Path) -> None:
             parts.append(placed(ids[[1, 1, 0], :5].to(device), past_key_values=held).logits.flatten(0, 1)[None])
         found[device] = [part.cpu() for part in parts]
     worst = max(float((a - b).abs().max()) for a, b in zip(*found.values(), strict=True))
-    check("chunks, crop and reorder: logits as on the CPU", worst < 0.05, f"largest difference {worst:.2e}")
     with torch.no_grad():
         exact = model(ids.cuda(), past_key_values=DynamicCache(config=config)).logits[:, :120].cpu()
     change = float((exact - found["cuda"][0]).abs().max())
-    check("compression was active", change > 10 * worst, f"changes logits by {change:.2e}")
+    check("compression was active", change > 0.1, f"changes logits by {change:.2e}")
+    # A code next to a threshold may differ, so not rounding alone; far less than compression itself.
+    check("chunks, crop and reorder: logits as on the CPU", worst < change / 20, f"largest difference {worst:.2e}")
 
     held = CompressedCache(config, *pair)
     held.update(*[torch.zeros(8, config.num_key_value_heads, 1, config.head_dim, device="cuda")] * 2, 0)
