@@ -9,7 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-EXTRAS = ("numcodecs", "torch")  # an environment without extras has none of these
+EXTRAS = ("mlx", "numcodecs", "torch")  # an environment without extras has none of these
 
 
 def main(wheel: str, tree: str) -> None:

@@ -1,4 +1,4 @@
-"""Every Python block of the documents runs, each document as one program."""
+"""Every Python block of the documents runs: each document as one program, and the blocks for each extra as another."""
 
 import re
 from pathlib import Path
@@ -7,17 +7,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```python( \w+)?\n(.*?)^```", re.DOTALL | re.MULTILINE)
+EXTRAS = {"torch": "transformers", "mlx": "mlx_lm"}
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
-def blocks(path: Path) -> str:
-    """Join the Python blocks, each on the line it has in the document, so that errors point there."""
+def blocks(path: Path, extra: str = "") -> str:
+    """Join the Python blocks, each on the line it has in the document, so that errors point there.
+
+    A block that opens with "python torch" needs that extra.
+    """
     text = path.read_text(encoding="utf-8")
     lines = [""] * (text.count("\n") + 1)
     for match in BLOCK.finditer(text):
-        first = text[: match.start(1)].count("\n")
-        code = match.group(1).splitlines()
+        if (match.group(1) or "").strip() != extra:
+            continue
+        first = text[: match.start(2)].count("\n")
+        code = match.group(2).splitlines()
         lines[first : first + len(code)] = code
     return "\n".join(lines)
 
@@ -26,6 +32,17 @@ def blocks(path: Path) -> str:
 def test_examples_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(blocks(path), str(path), "exec"), {"__name__": "__document__"})
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_examples_that_need_an_extra_run(path, extra, tmp_path, monkeypatch):
+    code = blocks(path, extra)
+    if not code.strip():
+        return
+    pytest.importorskip(EXTRAS[extra], reason=f"needs the extra jaxquant[{extra}]")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(path), "exec"), {"__name__": "__document__"})
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
