@@ -43,8 +43,8 @@ class Model(nnx.Module):
 
 # The recipe: quantizers, a cache for the model's sizes, and a model that uses it.
 def packed(model: Model, batch: int) -> Model:
-    """Give the model a packed cache: keys in 4 bits, values in 2, the newest 32 tokens exact."""
-    keys, values = turboquant.kv(jax.random.key(0), dim=WIDTH // HEADS, bits_k=4, bits_v=2)
+    """Give the model a packed cache: 4 bits a number, the newest 32 tokens exact."""
+    keys, values = turboquant.kv(jax.random.key(0), dim=WIDTH // HEADS, bits_k=4, bits_v=4)
     held = cache.init(
         keys, values, layers=LAYERS, batch=batch, kv_heads=KV_HEADS, capacity=CAPACITY, sinks=4, window=32
     )

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,18 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxquant import _descriptions, _stacks, cache
+from jaxquant import cache
 from jaxquant._stacks import Stack, Store
+from jaxquant._stored_quantizers import StoredQuantizers, on_device
 from jaxquant.cache import KVCache
 from jaxquant.codecs import v3
-from jaxquant.codecs.errors import CodecError, CorruptError, UnsupportedError
+from jaxquant.codecs.errors import CorruptError, UnsupportedError
 from jaxquant.codecs.limits import Limits
-from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import PerLayer
 
 KEY = "jaxquant.snapshot"  # of the metadata that describes the cache
 VERSION = 1
-_WIDEST = 1 << 12  # longest axis of a quantizer's array: some are loops when traced
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -38,9 +37,9 @@ def label(name: str, path: tuple[Any, ...]) -> str:
 class Part:
     """A snapshot being read. What it says is checked before anything is allocated from it."""
 
-    def __init__(self, reader: v3.Reader, limits: Limits, threads: int, classes: dict[str, type]) -> None:
-        self.reader, self.limits, self.threads, self.classes = reader, limits, threads, classes
-        self.arrays: dict[str, Array] = {}
+    def __init__(self, reader: v3.Reader, limits: Limits, threads: int, classes: Iterable[type]) -> None:
+        self.reader, self.limits, self.threads = reader, limits, threads
+        self.quantizers = StoredQuantizers(reader, classes)
         self.claimed = 0
         try:
             record = json.loads(reader.metadata[KEY])
@@ -118,7 +117,7 @@ class Part:
         used = int(self.length[held].max())
         kept = used if tokens is None else min(tokens, used)
         name, slots = f"stack{index}/{half}", self.capacity - sinks
-        quantizer, code = self._quantizer(record.get("quantizer"), name, len(held))
+        quantizer, code = self.quantizers.rebuild(record.get("quantizer"), name, len(held), self.kv_heads)
         vector = jax.ShapeDtypeStruct((quantizer.dim,), record["dtype"])
 
         def take(tensor: str, item: jax.ShapeDtypeStruct, stored: int, wanted: int, room: int) -> Array:
@@ -136,37 +135,6 @@ class Part:
             sinks=take(f"{name}/sinks", vector, min(used, sinks), min(kept, sinks), sinks),
             window=take(f"{name}/window", vector, min(used, window), min(used, window), window),
         )
-
-    def _quantizer(self, node: Any, name: str, layers: int) -> tuple[Quantizer | PerLayer, Any]:
-        """Rebuild a quantizer, and trace what its codes look like: the file's own tensors must look the same."""
-        try:
-            quantizer = _descriptions.rebuild(node, self._array, self.classes)
-            each = quantizer.at(0) if isinstance(quantizer, PerLayer) else quantizer
-            if not isinstance(each, Quantizer) or type(quantizer.dim) is not int or quantizer.dim < 1:
-                raise CorruptError(f"{name}: {type(each).__name__} is no quantizer")
-            if isinstance(quantizer, PerLayer) and {leaf.shape[0] for leaf in jax.tree.leaves(quantizer)} != {layers}:
-                raise CorruptError(f"{name}: its quantizers are not for {layers} layers")
-            code = _stacks.code_shapes(quantizer, (1, self.kv_heads, 1))
-            return quantizer, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[3:], leaf.dtype), code)
-        except CodecError:
-            raise
-        except Exception as error:  # whatever a class makes of fields that do not fit each other
-            raise CorruptError(f"{name}: its quantizer does not work: {str(error)[:200]}") from None
-
-    def _array(self, name: str) -> Array:
-        """Read an array of a quantizer, once."""
-        if name not in self.arrays:
-            tensor = self.reader.tensors.get(name)
-            if tensor is None or max(tensor.shape, default=0) > _WIDEST:
-                raise CorruptError(f"{name!r} is no tensor of the file, or too large for a quantizer's")
-            self.arrays[name] = self._held(self.reader.read(name), name)
-        return self.arrays[name]
-
-    def _held(self, values: np.ndarray, name: str) -> Array:
-        array = jnp.asarray(values)
-        if array.dtype != values.dtype:
-            raise UnsupportedError(f"tensor {name!r} is {values.dtype}, which JAX holds only with jax_enable_x64")
-        return array
 
     def _leaf(
         self,
@@ -196,7 +164,7 @@ class Part:
                 for at, row in enumerate(rows):
                     part = self.reader.read(name, 0, tokens, at=(layer, row), threads=self.threads)
                     out[place, at, :, :tokens] = part
-        return self._held(out, name)
+        return on_device(out, name)
 
 
 def _integer(record: dict[str, Any], key: str, low: int) -> int:

@@ -147,7 +147,5 @@ def load(
     """
     limits = limits or Limits()
     with v3.open(source, size=size, limits=limits) as reader:
-        part = _snapshot_reader.Part(
-            reader, limits, threads or workers.available(), {_descriptions.name_of(kind): kind for kind in classes}
-        )
+        part = _snapshot_reader.Part(reader, limits, threads or workers.available(), classes)
         return part.cache(layers, rows, tokens)
