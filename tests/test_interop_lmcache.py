@@ -178,7 +178,7 @@ def test_a_token_fetches_little():
         (lambda: lmcache.serialize(chunk(), keys=pair()[0], values=[pair()[1]]), "one quantizer for each of 3 layers"),
         (
             lambda: lmcache.serialize(np.zeros((2, 1, 3, 1, 4), np.float32), keys=pair()[0], values=pair()[1]),
-            "vectors of 16, the chunk's are of 4",
+            "vectors of 16, and the chunk's have 4",
         ),
     ],
 )
@@ -211,12 +211,12 @@ def forged(data: bytes, change: Callable[[dict], None], tensors: Callable[[dict]
 
 LIES = {
     "another version": (lambda r: r.update(version=2), UnsupportedError, "version"),
-    "a shape of another kind": (lambda r: r.update(shape="x"), CorruptError, "shape or dtype"),
-    "a negative size": (lambda r: r["shape"].__setitem__(1, -1), CorruptError, "shape or dtype"),
-    "a truth for a size": (lambda r: r["shape"].__setitem__(1, True), CorruptError, "shape or dtype"),
-    "no heads": (lambda r: r["shape"].__setitem__(3, 0), CorruptError, "shape or dtype"),
-    "three halves": (lambda r: r["shape"].__setitem__(0, 3), CorruptError, "shape or dtype"),
-    "another dtype": (lambda r: r.update(dtype="object"), CorruptError, "shape or dtype"),
+    "a shape of another kind": (lambda r: r.update(shape="x"), CorruptError, "shape is not"),
+    "a negative size": (lambda r: r["shape"].__setitem__(1, -1), CorruptError, "shape is not"),
+    "a truth for a size": (lambda r: r["shape"].__setitem__(1, True), CorruptError, "shape is not"),
+    "no heads": (lambda r: r["shape"].__setitem__(3, 0), CorruptError, "shape is not"),
+    "three halves": (lambda r: r["shape"].__setitem__(0, 3), CorruptError, "shape is not"),
+    "another dtype": (lambda r: r.update(dtype="object"), CorruptError, "dtype is not"),
     "huge": (lambda r: r.update(shape=[2, 1 << 20, 1 << 20, 2, 16]), LimitError, "decoded bytes"),
     "huge without tokens": (lambda r: r.update(shape=[2, (1 << 31) - 1, 0, 2, 16]), CorruptError, "for each of"),
     "more tokens": (lambda r: r["shape"].__setitem__(2, 21), CorruptError, "must be"),

@@ -226,21 +226,23 @@ def _record(reader: v3.Reader) -> tuple[dict[str, Any], tuple[int, ...]]:
     if not isinstance(record, dict) or record.get("version") != VERSION:
         raise UnsupportedError(f"the chunk is not of version {VERSION}")
     shape = record.get("shape")
-    valid = isinstance(shape, list) and len(shape) == 5 and all(type(n) is int and 0 <= n < _MOST for n in shape)
-    if not valid or shape[0] != 2 or not shape[3] * shape[4] or record.get("dtype") not in _DTYPES:
-        raise CorruptError("the chunk's shape or dtype is not valid")
-    return record, tuple(shape)
+    sizes = tuple(n for n in shape if type(n) is int and 0 <= n < _MOST) if isinstance(shape, list) else ()
+    if len(sizes) != 5 or shape != list(sizes) or sizes[0] != 2 or not sizes[3] * sizes[4]:
+        raise CorruptError("the chunk's shape is not valid")
+    if record.get("dtype") not in _DTYPES:
+        raise CorruptError("the chunk's dtype is not valid")
+    return record, sizes
 
 
 def _members(groups: Any, half: str, layers: int) -> list[list[int]]:
     """List the layers of every group; each layer must be in one."""
-    listed = groups if isinstance(groups, list) else []
-    found: list[Any] = [group.get("layers") for group in listed if isinstance(group, dict)]
-    valid = len(found) == len(listed) and all(isinstance(layers, list) and layers for layers in found)
-    found = found if valid else []
-    members = [layer for group in found for layer in group]
+    found: list[Any] = []
+    for group in groups if isinstance(groups, list) else [None]:
+        found.append(group.get("layers") if isinstance(group, dict) else None)
+    valid = all(isinstance(layers, list) and layers for layers in found)
+    members = [layer for layers in found for layer in layers] if valid else []
     unique = {layer for layer in members if type(layer) is int and 0 <= layer < layers}
-    if not valid or groups is not listed or len(members) != layers or len(unique) != layers:
+    if len(members) != layers or len(unique) != layers:
         raise CorruptError(f"the {half} do not have one quantizer for each of {layers} layers")
     return found
 
