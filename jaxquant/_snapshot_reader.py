@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jaxtyping import Array
 
@@ -17,7 +18,7 @@ from jaxquant.cache import KVCache
 from jaxquant.codecs import v3
 from jaxquant.codecs.errors import CorruptError, UnsupportedError
 from jaxquant.codecs.limits import Limits
-from jaxquant.quantizers import PerLayer
+from jaxquant.quantizers import Exact, PerLayer
 
 KEY = "jaxquant.snapshot"  # of the metadata that describes the cache
 VERSION = 1
@@ -32,6 +33,12 @@ def members(places: Sequence[Sequence[int]], stack: int) -> list[int]:
 def label(name: str, path: tuple[Any, ...]) -> str:
     """Name the tensor of one leaf of the codes."""
     return f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
+
+
+def is_bits(store: Store, leaf: Array) -> bool:
+    """Tell whether a leaf of the codes holds bfloat16 numbers as their bits, which a file holds as numbers."""
+    quantizer = store.quantizer.stacked if isinstance(store.quantizer, PerLayer) else store.quantizer
+    return isinstance(quantizer, Exact) and leaf.dtype == jnp.uint16
 
 
 class Part:
@@ -148,15 +155,15 @@ class Part:
     ) -> Array:
         """Read the first tokens of some layers and rows of one tensor into an array with room for more."""
         tensor = self.reader.tensors.get(name)
-        if tensor is None or (tensor.shape, tensor.dtype, tensor.axis) != (stored, item.dtype.name, 3):
+        bits = item.dtype == np.uint16 and tensor is not None and tensor.dtype == "bfloat16"
+        dtype = "bfloat16" if bits else item.dtype.name
+        if tensor is None or (tensor.shape, tensor.dtype, tensor.axis) != (stored, dtype, 3):
             found = tensor and f"{tensor.dtype}{list(tensor.shape)} with its tokens on axis {tensor.axis}"
-            raise CorruptError(
-                f"{name!r} must be {item.dtype.name}{list(stored)} with its tokens on axis 3, not {found}"
-            )
+            raise CorruptError(f"{name!r} must be {dtype}{list(stored)} with its tokens on axis 3, not {found}")
         shape = (len(layers), len(rows), self.kv_heads, room, *item.shape)
         self.claimed += math.prod(shape) * item.dtype.itemsize
         self.limits.check("decoded_bytes", self.claimed, "the cache")
-        out = np.zeros(shape, item.dtype)
+        out = np.zeros(shape, ml_dtypes.bfloat16 if bits else item.dtype)
         if stored[:2] == shape[:2] and layers == list(range(stored[0])) and rows == list(range(stored[1])):
             out[:, :, :, :tokens] = self.reader.read(name, 0, tokens, threads=self.threads)
         else:
@@ -164,7 +171,7 @@ class Part:
                 for at, row in enumerate(rows):
                     part = self.reader.read(name, 0, tokens, at=(layer, row), threads=self.threads)
                     out[place, at, :, :tokens] = part
-        return on_device(out, name)
+        return on_device(out.view(item.dtype), name)
 
 
 def _integer(record: dict[str, Any], key: str, low: int) -> int:

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 import jaxquant
-from jaxquant import _console, benchmark_cli, calibration_cli, qatc_cli
+from jaxquant import _console, benchmark_cli, calibration_cli, migration_cli, qatc_cli
 from jaxquant._console import Json, ModelDir, err, out
 
 app = typer.Typer(
@@ -221,6 +221,7 @@ def compare(
 
 app.command()(calibration_cli.calibrate)
 app.command()(calibration_cli.convert)
+app.command()(migration_cli.migrate)
 
 
 @app.command(name="eval")
