@@ -12,10 +12,11 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from jaxquant import evaluate, models, needles, quantizers, token_files
+from jaxquant import evaluate, models, needles, packed_weights, prepared, quantizers, token_files
 from jaxquant.cache import KVCache
 from jaxquant.calibrate import files
 from jaxquant.models.loading import SMALL
+from jaxquant.prepared import Prepared
 from jaxquant.protocols import Quantizer
 
 Progress = Callable[[str, int, int], object]
@@ -53,6 +54,7 @@ class Trial:
         sinks: first tokens of a row that stay exact.
         window: newest tokens of a row that stay exact.
         setting: all of it in words.
+        prepared: makes the caches instead, where the folder says how.
     """
 
     model: models.Model
@@ -61,6 +63,24 @@ class Trial:
     sinks: int
     window: int
     setting: str
+    prepared: Prepared | None = None
+
+    @staticmethod
+    def ready(folder: Path) -> "Trial":
+        """Load a model from a folder that says how its cache is compressed.
+
+        Raises:
+            ValueError: what it says is damaged, or for another model.
+        """
+        found = prepared.read(folder)
+        model = packed_weights.load(folder) if packed_weights.recognizes(folder) else models.load(folder)
+        a, template = model.architecture, found.template
+        if (a.layers, a.kv_heads, a.dim) != (template.layers, template.kv_heads, template.dim):
+            raise ValueError(f"{folder / prepared.FILE} is for other layers or heads than config.json describes")
+        setting = _setting(model, "as the folder says", found.sinks, found.window)
+        return Trial(
+            model=model, keys=(), values=(), sinks=found.sinks, window=found.window, setting=setting, prepared=found
+        )
 
     @staticmethod
     def load(
@@ -102,6 +122,8 @@ class Trial:
 
     def cache(self, rows: int, capacity: int) -> KVCache:
         """Make an empty compressed cache."""
+        if self.prepared is not None:
+            return self.prepared.cache(batch=rows, capacity=capacity)
         return self.model.decoder.init_cache(
             self.keys, self.values, batch=rows, capacity=capacity, sinks=self.sinks, window=self.window
         )
