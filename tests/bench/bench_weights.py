@@ -2,8 +2,8 @@
 
     python tests/bench/bench_weights.py --model DIR --calibration FILE --tokens FILE:NAME
 
-Every row of a block holds the same bytes: scales and widths are counted, and the cut keeps as many directions in 16 bits
-as fit. `all` codes the other linear layers too. Perplexity is that of the model without a cache, in float32.
+Every row of a block holds the same bytes: scales and widths are counted, and the cut keeps as many directions in 16
+bits as fit. `all` codes the other linear layers too. Perplexity is that of the model without a cache, in float32.
 """
 
 import argparse
@@ -66,8 +66,9 @@ def main() -> None:
         note("values' basis, quantized", bits, nbytes, made)
         own, packed = weights.compress(model, bits)
         note("own basis, quantized", bits, sum(one.nbytes for one in packed.values()), own)
-        note("values' basis, cut", bits, round(model.architecture.dim * nbytes / dense) * dense // model.architecture.dim,
-             weights.cut(turned, 16 * nbytes / dense))  # fmt: skip
+        kept = round(model.architecture.dim * nbytes / dense)
+        cut = weights.cut(turned, 16 * nbytes / dense)
+        note("values' basis, cut", bits, kept * dense // model.architecture.dim, cut)
     for bits in (8.0, 4.0, 3.0):
         made, packed = weights.compress(turned, bits, everything=True)
         if bits == 8.0:
