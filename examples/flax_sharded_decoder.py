@@ -2,7 +2,7 @@
 
     python examples/flax_sharded_decoder.py
 
-Weights are annotated with the axes of the mesh, layers are stacked and scanned, tensors are [batch, tokens, heads, dim].
+Weights are annotated with axes of the mesh, layers are stacked and scanned, tensors are [batch, tokens, heads, dim].
 The cache is the carry of the scan, with the layer as a traced index: one compiled body for all layers. On a CPU four
 devices are simulated.
 """
