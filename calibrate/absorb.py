@@ -83,12 +83,12 @@ def difference(first: Model, second: Model, *, tokens: int = 256) -> float:
     return float(np.abs(one - other).max() / np.abs(one).max())
 
 
-def write_folder(model: Model, calibration: Calibration, folder: Path) -> None:
+def write_folder(model: Model, calibration: Calibration | None, folder: Path) -> None:
     """Write a model as a Hugging Face folder in float32, with its calibration beside the weights.
 
     Args:
         model: what `absorb` returned; its tokenizer and configuration are copied from where it was read.
-        calibration: likewise, becomes `calibration.safetensors`.
+        calibration: likewise, becomes `calibration.safetensors`; None leaves it out.
         folder: is made; must not hold a model yet.
 
     Raises:
@@ -120,4 +120,5 @@ def write_folder(model: Model, calibration: Calibration, folder: Path) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, folder / name, metadata={"format": "pt"})
-    files.write(folder / "calibration.safetensors", calibration)
+    if calibration is not None:
+        files.write(folder / "calibration.safetensors", calibration)

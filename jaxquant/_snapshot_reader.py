@@ -2,26 +2,26 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jaxtyping import Array
 
-from jaxquant import _descriptions, _stacks, cache
+from jaxquant import cache
 from jaxquant._stacks import Stack, Store
+from jaxquant._stored_quantizers import StoredQuantizers, on_device
 from jaxquant.cache import KVCache
 from jaxquant.codecs import v3
-from jaxquant.codecs.errors import CodecError, CorruptError, UnsupportedError
+from jaxquant.codecs.errors import CorruptError, UnsupportedError
 from jaxquant.codecs.limits import Limits
-from jaxquant.protocols import Quantizer
-from jaxquant.quantizers import PerLayer
+from jaxquant.quantizers import Exact, PerLayer
 
 KEY = "jaxquant.snapshot"  # of the metadata that describes the cache
 VERSION = 1
-_WIDEST = 1 << 12  # longest axis of a quantizer's array: some are loops when traced
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -35,12 +35,18 @@ def label(name: str, path: tuple[Any, ...]) -> str:
     return f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
 
 
+def is_bits(store: Store, leaf: Array) -> bool:
+    """Tell whether a leaf of the codes holds bfloat16 numbers as their bits, which a file holds as numbers."""
+    quantizer = store.quantizer.stacked if isinstance(store.quantizer, PerLayer) else store.quantizer
+    return isinstance(quantizer, Exact) and leaf.dtype == jnp.uint16
+
+
 class Part:
     """A snapshot being read. What it says is checked before anything is allocated from it."""
 
-    def __init__(self, reader: v3.Reader, limits: Limits, threads: int, classes: dict[str, type]) -> None:
-        self.reader, self.limits, self.threads, self.classes = reader, limits, threads, classes
-        self.arrays: dict[str, Array] = {}
+    def __init__(self, reader: v3.Reader, limits: Limits, threads: int, classes: Iterable[type]) -> None:
+        self.reader, self.limits, self.threads = reader, limits, threads
+        self.quantizers = StoredQuantizers(reader, classes)
         self.claimed = 0
         try:
             record = json.loads(reader.metadata[KEY])
@@ -118,7 +124,7 @@ class Part:
         used = int(self.length[held].max())
         kept = used if tokens is None else min(tokens, used)
         name, slots = f"stack{index}/{half}", self.capacity - sinks
-        quantizer, code = self._quantizer(record.get("quantizer"), name, len(held))
+        quantizer, code = self.quantizers.rebuild(record.get("quantizer"), name, len(held), self.kv_heads)
         vector = jax.ShapeDtypeStruct((quantizer.dim,), record["dtype"])
 
         def take(tensor: str, item: jax.ShapeDtypeStruct, stored: int, wanted: int, room: int) -> Array:
@@ -137,37 +143,6 @@ class Part:
             window=take(f"{name}/window", vector, min(used, window), min(used, window), window),
         )
 
-    def _quantizer(self, node: Any, name: str, layers: int) -> tuple[Quantizer | PerLayer, Any]:
-        """Rebuild a quantizer, and trace what its codes look like: the file's own tensors must look the same."""
-        try:
-            quantizer = _descriptions.rebuild(node, self._array, self.classes)
-            each = quantizer.at(0) if isinstance(quantizer, PerLayer) else quantizer
-            if not isinstance(each, Quantizer) or type(quantizer.dim) is not int or quantizer.dim < 1:
-                raise CorruptError(f"{name}: {type(each).__name__} is no quantizer")
-            if isinstance(quantizer, PerLayer) and {leaf.shape[0] for leaf in jax.tree.leaves(quantizer)} != {layers}:
-                raise CorruptError(f"{name}: its quantizers are not for {layers} layers")
-            code = _stacks.code_shapes(quantizer, (1, self.kv_heads, 1))
-            return quantizer, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[3:], leaf.dtype), code)
-        except CodecError:
-            raise
-        except Exception as error:  # whatever a class makes of fields that do not fit each other
-            raise CorruptError(f"{name}: its quantizer does not work: {str(error)[:200]}") from None
-
-    def _array(self, name: str) -> Array:
-        """Read an array of a quantizer, once."""
-        if name not in self.arrays:
-            tensor = self.reader.tensors.get(name)
-            if tensor is None or max(tensor.shape, default=0) > _WIDEST:
-                raise CorruptError(f"{name!r} is no tensor of the file, or too large for a quantizer's")
-            self.arrays[name] = self._held(self.reader.read(name), name)
-        return self.arrays[name]
-
-    def _held(self, values: np.ndarray, name: str) -> Array:
-        array = jnp.asarray(values)
-        if array.dtype != values.dtype:
-            raise UnsupportedError(f"tensor {name!r} is {values.dtype}, which JAX holds only with jax_enable_x64")
-        return array
-
     def _leaf(
         self,
         name: str,
@@ -180,15 +155,15 @@ class Part:
     ) -> Array:
         """Read the first tokens of some layers and rows of one tensor into an array with room for more."""
         tensor = self.reader.tensors.get(name)
-        if tensor is None or (tensor.shape, tensor.dtype, tensor.axis) != (stored, item.dtype.name, 3):
+        bits = item.dtype == np.uint16 and tensor is not None and tensor.dtype == "bfloat16"
+        dtype = "bfloat16" if bits else item.dtype.name
+        if tensor is None or (tensor.shape, tensor.dtype, tensor.axis) != (stored, dtype, 3):
             found = tensor and f"{tensor.dtype}{list(tensor.shape)} with its tokens on axis {tensor.axis}"
-            raise CorruptError(
-                f"{name!r} must be {item.dtype.name}{list(stored)} with its tokens on axis 3, not {found}"
-            )
+            raise CorruptError(f"{name!r} must be {dtype}{list(stored)} with its tokens on axis 3, not {found}")
         shape = (len(layers), len(rows), self.kv_heads, room, *item.shape)
         self.claimed += math.prod(shape) * item.dtype.itemsize
         self.limits.check("decoded_bytes", self.claimed, "the cache")
-        out = np.zeros(shape, item.dtype)
+        out = np.zeros(shape, ml_dtypes.bfloat16 if bits else item.dtype)
         if stored[:2] == shape[:2] and layers == list(range(stored[0])) and rows == list(range(stored[1])):
             out[:, :, :, :tokens] = self.reader.read(name, 0, tokens, threads=self.threads)
         else:
@@ -196,7 +171,7 @@ class Part:
                 for at, row in enumerate(rows):
                     part = self.reader.read(name, 0, tokens, at=(layer, row), threads=self.threads)
                     out[place, at, :, :tokens] = part
-        return self._held(out, name)
+        return on_device(out.view(item.dtype), name)
 
 
 def _integer(record: dict[str, Any], key: str, low: int) -> int:

@@ -1,4 +1,4 @@
-"""`jaxquant calibrate` and `jaxquant convert`."""
+"""`jaxquant calibrate`."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from jaxquant import _console
-from jaxquant._console import Json, ModelDir, out
+from jaxquant._console import Json, ModelDir
 
 
 def calibrate(
@@ -71,26 +71,3 @@ def calibrate(
     for name in ("key_bits", "value_bits"):
         summary[name] = [f"{bits:.2f}" for bits in summary[name]]
     _console.show(summary, False, title="calibration")
-
-
-def convert(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make.")],
-    calibration: Annotated[Path, typer.Option(help="File that `jaxquant calibrate` made for this model.")],
-    model: ModelDir = None,
-    as_json: Json = False,
-) -> None:
-    """Write the model with the basis of its values in its weights: the same logits, nothing to multiply at run time."""
-    from jaxquant import models
-    from jaxquant.calibrate import absorb, files
-
-    found = models.load(model, dtype="float32")
-    changed, made = absorb.absorb(found, files.read(calibration))
-    absorb.write_folder(changed, made, output)
-    report = {
-        "folder": str(output),
-        "calibration": str(output / "calibration.safetensors"),
-        "largest_logit_difference": absorb.difference(found, changed),
-    }
-    if as_json:
-        return _console.print_json(report)
-    out.print(f"{output}: logits differ by {report['largest_logit_difference']:.1e} of the largest", highlight=False)

@@ -6,14 +6,17 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 import jaxquant
-from jaxquant import _console, benchmark_cli, calibration_cli, plan_cli, qatc_cli
+from jaxquant import _console, benchmark_cli, calibration_cli, conversion_cli, migration_cli, plan_cli, qatc_cli
 from jaxquant._console import Json, ModelDir, err, out
+
+if TYPE_CHECKING:
+    from jaxquant.trial import Trial
 
 app = typer.Typer(
     name="jaxquant",
@@ -27,10 +30,18 @@ app.add_typer(benchmark_cli.app, name="benchmark")
 app.command()(plan_cli.plan)
 
 Method = Annotated[str, typer.Option(help="A name that `jaxquant methods` lists, or package.module:Object.")]
-BitsK = Annotated[int, typer.Option("--bits-k", help="Bits per coordinate of keys.")]
-BitsV = Annotated[int, typer.Option("--bits-v", help="Bits per coordinate of values.")]
-Sinks = Annotated[int, typer.Option(min=0, help="First tokens of a row that stay exact.")]
-Window = Annotated[int, typer.Option(min=0, help="Newest tokens of a row that stay exact.")]
+CacheMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="A name that `jaxquant methods` lists, or package.module:Object. "
+        "Without it and the next four, the folder's own, where `jaxquant convert` wrote one; else turboquant.",
+    ),
+]
+BitsK = Annotated[int | None, typer.Option("--bits-k", help="Bits per coordinate of keys; 4.")]
+BitsV = Annotated[int | None, typer.Option("--bits-v", help="Bits per coordinate of values; 4.")]
+Sinks = Annotated[int | None, typer.Option(min=0, help="First tokens of a row that stay exact; 4, and 0 for eval.")]
+Window = Annotated[int | None, typer.Option(min=0, help="Newest tokens of a row that stay exact; 32, and 0 for eval.")]
 Seed = Annotated[int, typer.Option(help="Of the rotations (and of sampling).")]
 
 
@@ -160,11 +171,11 @@ def benchmark(
 def run(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     model: ModelDir = None,
-    method: Method = "turboquant",
-    bits_k: BitsK = 4,
-    bits_v: BitsV = 4,
-    sinks: Sinks = 4,
-    window: Window = 32,
+    method: CacheMethod = None,
+    bits_k: BitsK = None,
+    bits_v: BitsV = None,
+    sinks: Sinks = None,
+    window: Window = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this probability.")] = 1.0,
@@ -173,17 +184,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt from a packed cache."""
-    from jaxquant import catalogue, trial
-
-    chosen = trial.Trial.load(
-        model,
-        _function(method, *catalogue.FUNCTIONS),
-        bits_k=bits_k,
-        bits_v=bits_v,
-        sinks=sinks,
-        window=window,
-        seed=seed,
-    )
+    chosen = _trial(model, method, bits_k, bits_v, sinks, window, seed, exact_tokens=(4, 32))
     write = None if as_json else lambda text: out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
     if write is not None:
         write(prompt)
@@ -206,11 +207,11 @@ def run(
 def compare(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     model: ModelDir = None,
-    method: Method = "turboquant",
-    bits_k: BitsK = 4,
-    bits_v: BitsV = 4,
-    sinks: Sinks = 4,
-    window: Window = 32,
+    method: CacheMethod = None,
+    bits_k: BitsK = None,
+    bits_v: BitsV = None,
+    sinks: Sinks = None,
+    window: Window = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
     text: Annotated[
         Path | None, typer.Option(help="Text to score; default: held-out Python source in the package.")
@@ -221,17 +222,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with and without compression, and measure what it saved and what it cost."""
-    from jaxquant import catalogue, trial
-
-    chosen = trial.Trial.load(
-        model,
-        _function(method, *catalogue.FUNCTIONS),
-        bits_k=bits_k,
-        bits_v=bits_v,
-        sinks=sinks,
-        window=window,
-        seed=seed,
-    )
+    chosen = _trial(model, method, bits_k, bits_v, sinks, window, seed, exact_tokens=(4, 32))
     with _console.bar() as bar:
         report = chosen.compare(
             prompt, max_tokens=max_tokens, text=text, rows=rows, seq_len=seq_len, progress=_console.advance(bar)
@@ -242,7 +233,7 @@ def compare(
         out.rule(name)
         out.print(prompt, report[name]["text"], sep="", markup=False, highlight=False, soft_wrap=True)
     out.rule()
-    table = Table("", "baseline (16 bit)", f"compressed (K{bits_k}/V{bits_v})")
+    table = Table("", "baseline (16 bit)", "compressed")
     for label, key, form in trial.LINES:
         cells = [format(report[name][key], form) if key in report[name] else "" for name in ("baseline", "compressed")]
         table.add_row(label, *cells)
@@ -251,7 +242,8 @@ def compare(
 
 
 app.command()(calibration_cli.calibrate)
-app.command()(calibration_cli.convert)
+app.command()(conversion_cli.convert)
+app.command()(migration_cli.migrate)
 
 
 @app.command(name="eval")
@@ -263,14 +255,14 @@ def evaluate(
     start: Annotated[int, typer.Option(min=0, help="First token.")] = 0,
     rows: Annotated[int, typer.Option(min=1, help="Rows; row i is tokens[start + i (T+1):][:T+1].")] = 6,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="T, tokens that a row predicts.")] = 1024,
-    method: Method = "turboquant",
-    bits_k: BitsK = 4,
-    bits_v: BitsV = 4,
+    method: CacheMethod = None,
+    bits_k: BitsK = None,
+    bits_v: BitsV = None,
     calibration: Annotated[
         Path | None, typer.Option(help="File that `jaxquant calibrate` made; it takes the place of method and bits.")
     ] = None,
-    sinks: Sinks = 0,
-    window: Window = 0,
+    sinks: Sinks = None,
+    window: Window = None,
     needles: Annotated[str | None, typer.Option(help="FILE:NAME of rows [n, T] with questions for pass keys.")] = None,
     needle_rows: Annotated[int, typer.Option(min=1, help="Rows of them.")] = 4,
     chunk: Annotated[int, typer.Option(min=2, help="Tokens of a prefill step.")] = 256,
@@ -282,17 +274,9 @@ def evaluate(
     from jaxquant import catalogue, trial
 
     if calibration is None:
-        chosen = trial.Trial.load(
-            model,
-            _function(method, *catalogue.FUNCTIONS),
-            bits_k=bits_k,
-            bits_v=bits_v,
-            sinks=sinks,
-            window=window,
-            seed=seed,
-        )
+        chosen = _trial(model, method, bits_k, bits_v, sinks, window, seed, exact_tokens=(0, 0))
     else:
-        chosen = trial.Trial.calibrated(model, calibration, sinks=sinks, window=window)
+        chosen = trial.Trial.calibrated(model, calibration, sinks=sinks or 0, window=window or 0)
     with _console.bar() as bar:
         report = chosen.measure(
             tokens, start=start, rows=rows, seq_len=seq_len, needle_file=needles, needle_rows=needle_rows,
@@ -309,6 +293,32 @@ def evaluate(
             table.add_row(label, *cells)
     out.print(table)
     out.print(report["setting"], highlight=False, soft_wrap=True)
+
+
+def _trial(
+    model: Path | None,
+    method: str | None,
+    bits_k: int | None,
+    bits_v: int | None,
+    sinks: int | None,
+    window: int | None,
+    seed: int,
+    *,
+    exact_tokens: tuple[int, int],
+) -> "Trial":
+    """Load a model, and the cache that its folder describes unless the options say something else."""
+    from jaxquant import catalogue, prepared
+    from jaxquant.trial import Trial
+
+    asked = any(option is not None for option in (method, bits_k, bits_v, sinks, window))
+    if not asked and model is not None and (model / prepared.FILE).is_file():
+        return Trial.ready(model)
+    bits_k, bits_v = (4 if bits is None else bits for bits in (bits_k, bits_v))
+    sinks, window = (
+        default if size is None else size for size, default in zip((sinks, window), exact_tokens, strict=True)
+    )
+    build = _function(method or "turboquant", *catalogue.FUNCTIONS)
+    return Trial.load(model, build, bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed)
 
 
 def _function(method: str, *defaults: str) -> Callable[..., Any]:

@@ -113,7 +113,16 @@ def specs(layout: Layout, cache: KVCache) -> KVCache:
 
 
 def shardings(layout: Layout, cache: KVCache) -> KVCache:
-    """Give the `NamedSharding` of every leaf of a cache: for `jax.device_put`, or `out_shardings` of `jax.jit`."""
+    """Give the `NamedSharding` of every leaf of a cache: for `jax.device_put`, or `out_shardings` of `jax.jit`.
+
+    Args:
+        layout: of the cache.
+        cache: of arrays, or of `jax.ShapeDtypeStruct` as `jax.eval_shape` makes it.
+
+    Raises:
+        ValueError: the rows or kv heads are not a multiple of the devices that share them.
+    """
+    _check(layout, batch=cache.batch, kv_heads=cache.kv_heads)
     return jax.tree.map(lambda spec: NamedSharding(layout.mesh, spec), specs(layout, cache))
 
 
@@ -149,10 +158,7 @@ def init(
     Raises:
         ValueError: a size is not a multiple of the devices it is shared by, or `cache.init` refuses it.
     """
-    for name, size in {"batch": batch, "kv_heads": kv_heads}.items():
-        devices = layout.devices(getattr(layout, name))
-        if size % devices:
-            raise ValueError(f"{name} must be a multiple of the {devices} devices that share it, got {size}")
+    _check(layout, batch=batch, kv_heads=kv_heads)
     spread, own = None, capacity
     if layout.tokens is not None:
         if exact_layers and sinks:
@@ -284,6 +290,13 @@ def joined(cache: KVCache) -> KVCache:
 
     stacks = tuple(Stack(keys=store(stack.keys), values=store(stack.values)) for stack in cache.stacks)
     return dataclasses.replace(cache, stacks=stacks, spread=None)
+
+
+def _check(layout: Layout, **sizes: int) -> None:
+    for name, size in sizes.items():
+        devices = layout.devices(getattr(layout, name))
+        if size % devices:
+            raise ValueError(f"{name} must be a multiple of the {devices} devices that share it, got {size}")
 
 
 def _mapped(layout: Layout, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jaxtyping import Array
 
@@ -101,7 +102,8 @@ def _write(writer: v3.Writer, name: str, store: Store, length: np.ndarray, exact
         values = np.array(leaf[:, :, :, : position.shape[2]])
         unheld = (position < first) | (position >= length[:, :, None])
         np.moveaxis(values, 2, 3)[unheld] = 0
-        writer.add(label, values, axis=3)
+        # The exponents of numbers compress, those of words of 16 bits are not known as such.
+        writer.add(label, values.view(ml_dtypes.bfloat16) if _snapshot_reader.is_bits(store, leaf) else values, axis=3)
 
     slots = np.arange(max(used - sinks, 0))[None, None]
     for path, leaf in jax.tree_util.tree_leaves_with_path(store.codes):
@@ -147,7 +149,5 @@ def load(
     """
     limits = limits or Limits()
     with v3.open(source, size=size, limits=limits) as reader:
-        part = _snapshot_reader.Part(
-            reader, limits, threads or workers.available(), {_descriptions.name_of(kind): kind for kind in classes}
-        )
+        part = _snapshot_reader.Part(reader, limits, threads or workers.available(), classes)
         return part.cache(layers, rows, tokens)

@@ -13,11 +13,22 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from jaxquant import catalogue, evaluate, models, needles, pipeline, quantizers, token_files
+from jaxquant import (
+    catalogue,
+    evaluate,
+    models,
+    needles,
+    packed_weights,
+    pipeline,
+    prepared,
+    quantizers,
+    token_files,
+)
 from jaxquant.calibrate import files, statistics
 from jaxquant.calibrate.statistics import Statistics
 from jaxquant.models.loading import SMALL
 from jaxquant.pipeline import Pipeline
+from jaxquant.prepared import Prepared
 from jaxquant.protocols import Cache, Quantizer
 
 Progress = Callable[[str, int, int], object]
@@ -48,6 +59,7 @@ class Trial:
         sinks: first tokens of a row that stay exact.
         window: newest tokens of a row that stay exact.
         setting: all of it in words.
+        prepared: makes the caches instead, where the folder says how.
     """
 
     model: models.Model
@@ -55,6 +67,24 @@ class Trial:
     sinks: int
     window: int
     setting: str
+    prepared: Prepared | None = None
+
+    @staticmethod
+    def ready(folder: Path) -> "Trial":
+        """Load a model from a folder that says how its cache is compressed.
+
+        Raises:
+            ValueError: what it says is damaged, or for another model.
+        """
+        found = prepared.read(folder)
+        model = packed_weights.load(folder) if packed_weights.recognizes(folder) else models.load(folder)
+        a, template = model.architecture, found.template
+        if (a.layers, a.kv_heads, a.dim) != (template.layers, template.kv_heads, template.dim):
+            raise ValueError(f"{folder / prepared.FILE} is for other layers or heads than config.json describes")
+        setting = _setting(model, "as the folder says", found.sinks, found.window)
+        return Trial(
+            model=model, compression=((), ()), sinks=found.sinks, window=found.window, setting=setting, prepared=found
+        )
 
     @staticmethod
     def load(
@@ -110,6 +140,8 @@ class Trial:
 
     def cache(self, rows: int, capacity: int) -> Cache:
         """Make an empty compressed cache."""
+        if self.prepared is not None:
+            return self.prepared.cache(batch=rows, capacity=capacity)
         if isinstance(self.compression, Pipeline):
             a = self.model.architecture
             return pipeline.init(

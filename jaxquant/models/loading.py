@@ -75,7 +75,7 @@ def load(path: Path | str | None = None, dtype: DTypeLike | None = None) -> Mode
         architecture=architecture,
         decoder=load_decoder(folder, architecture, dtype=compute),
         tokenizer=tokenizer,
-        end_ids=_end_ids(folder),
+        end_ids=end_ids(folder),
     )
 
 
@@ -174,7 +174,7 @@ def _count(names: list[str], what: str) -> str:
     return f"{len(names)} {what} tensor{'s' if len(names) > 1 else ''} ({shown})"
 
 
-def _end_ids(folder: Path) -> tuple[int, ...]:
+def end_ids(folder: Path) -> tuple[int, ...]:
     """Read the ids that end a text, from generation_config.json or else config.json."""
     for file in ("generation_config.json", "config.json"):
         path = folder / file

@@ -58,6 +58,7 @@ def _library(name: str, source: str) -> ctypes.CDLL:
     assert not done.returncode, done.stderr[:4000]
     return ctypes.CDLL(f"{stem}.so")
 
+
 _ONE_AT_A_TIME = threading.Lock()
 
 
