@@ -1,7 +1,7 @@
 """Find what is computed or stored in float64 (or complex128): twice the memory, and a fraction of the speed.
 
-With `jax_enable_x64` one NumPy scalar is enough to widen everything after it. `leaves` looks at data, `operations` at the
-program that JAX traces, and `hlo` at what the compiler made of it.
+With `jax_enable_x64` one NumPy scalar is enough to widen everything after it. `leaves` looks at data, `operations` at
+the program that JAX traces, and `hlo` at what the compiler made of it.
 """
 
 import collections

@@ -25,7 +25,7 @@ Guided = Callable[[PyTree[Any], Array, Array, Array], tuple[PyTree[Any], Array]]
 def loss(
     key: PRNGKeyArray,
     velocity: Velocity,
-    pictures: Float[Array, "batch *pixels"],
+    pictures: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
     *,
     none: int,
@@ -58,13 +58,13 @@ def loss(
 def sample(
     velocity: Guided,
     state: PyTree[Any],
-    noise: Float[Array, "batch *pixels"],
+    noise: Float[Array, "batch ..."],
     labels: Int[Array, " batch"],
     *,
     none: int,
     steps: int,
     scale: float | Float[Array, ""],
-) -> tuple[PyTree[Any], Float[Array, "batch *pixels"]]:
+) -> tuple[PyTree[Any], Float[Array, "batch ..."]]:
     """Follow the guided velocity from noise to pictures.
 
     Args:

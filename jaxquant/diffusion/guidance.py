@@ -1,8 +1,8 @@
 """Classifier-free guidance, and attention that runs once for both of its halves.
 
 Guidance evaluates the network with and without the condition, as one batch: the conditional half first. The two halves
-attend almost alike for most of the way, so attention can run on the conditional half alone, projections and all, and its
-output be given to both: `share`. That is a smaller program, not a masked one. Sharing is for self-attention: of
+attend almost alike for most of the way, so attention can run on the conditional half alone, projections and all, and
+its output be given to both: `share`. That is a smaller program, not a masked one. Sharing is for self-attention: of
 attention to the condition it would remove the guidance.
 
 References:
@@ -10,14 +10,13 @@ References:
     Z. Yuan, H. Zhang, P. Lu, X. Ning, L. Zhang, T. Zhao, S. Yan, G. Dai, Y. Wang, "DiTFastAttn: Attention compression
     for diffusion transformer models", arXiv:2406.08552, section 3.3 (attention sharing across CFG).
 
-Differs from the papers: weights are written as `scale`, 1 + w of Ho and Salimans; `Gate` decides while sampling, from the
-similarity it last measured, where DiTFastAttn decides once for each step and layer from calibration.
+Differs from the papers: weights are written as `scale`, 1 + w of Ho and Salimans; `Gate` decides while sampling, from
+the similarity it last measured, where DiTFastAttn decides once for each step and layer from calibration.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -28,7 +27,7 @@ Attend = Callable[[Array], Array]
 """Attention of a layer with its projections: [rows, tokens, hidden] to the same shape."""
 
 
-def pair(x: Float[Array, "batch *rest"]) -> Float[Array, "both *rest"]:
+def pair(x: Float[Array, "batch ..."]) -> Float[Array, "both ..."]:
     """Repeat a batch for its conditional and its unconditional half.
 
     Example:
@@ -38,7 +37,7 @@ def pair(x: Float[Array, "batch *rest"]) -> Float[Array, "both *rest"]:
     return jnp.concatenate([x, x])
 
 
-def guide(both: Float[Array, "both *rest"], *, scale: float | Float[Array, ""]) -> Float[Array, "batch *rest"]:
+def guide(both: Float[Array, "both ..."], *, scale: float | Float[Array, ""]) -> Float[Array, "batch ..."]:
     """Join the halves: unconditional + scale (conditional - unconditional).
 
     Args:

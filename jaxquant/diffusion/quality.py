@@ -7,8 +7,8 @@ from jaxtyping import Array, Float
 
 @jax.jit
 def psnr(
-    reference: Float[Array, "#pictures *pixels"],
-    picture: Float[Array, "#pictures *pixels"],
+    reference: Float[Array, "pictures ..."],
+    picture: Float[Array, "pictures ..."],
     *,
     peak: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, " pictures"]:
@@ -38,7 +38,7 @@ def psnr(
 
 @jax.jit
 def blank_psnr(
-    reference: Float[Array, "pictures *pixels channels"], *, peak: float | Float[Array, ""] = 1.0
+    reference: Float[Array, "pictures ... channels"], *, peak: float | Float[Array, ""] = 1.0
 ) -> Float[Array, " pictures"]:
     """Give the PSNR of the best picture of a single colour: what a score must exceed to mean anything.
 

@@ -5,7 +5,7 @@ over `overlap` latents. A decoder that sees at most `halo` latents far, and whos
 the size of its input otherwise, gives what it would give for the whole. Statistics over the whole picture (group
 normalisation, attention) break that: then tiles differ, and fading hides their seams.
 
-`in_time` decodes videos: a causal decoder keeps the last frames it saw as state, and chunks of frames follow each other.
+`in_time` decodes videos: a causal decoder keeps the last frames it saw as state, and chunks of frames follow.
 """
 
 import itertools
@@ -136,7 +136,7 @@ def _starts(whole: int, size: int, shared: int) -> list[int]:
 
 
 def _weights(starts: list[int], whole: int, size: int, overlap: int, halo: int, factor: int) -> np.ndarray:
-    """Give the weight of each tile's pixels along one axis: 0 in the halo, then a ramp; at every pixel they sum to 1."""
+    """Give the weight of each tile's pixels along one axis: 0 in the halo, then a ramp; they sum to 1."""
     pixel = np.arange(size * factor)
     weights = np.ones((len(starts), size * factor))
     total = np.zeros(whole * factor)
