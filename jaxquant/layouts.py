@@ -56,9 +56,8 @@ def heads_of(config: Mapping[str, Any]) -> Heads:
     width = get("hidden_size") or get("dim")
     dim = get("head_dim") or get("attention_head_dim") or (width // heads if width and heads else None)
     if not (layers and heads and dim):
-        raise ValueError(
-            f"config must name layers, heads and their size; it has {', '.join(sorted(config)) or 'nothing'}"
-        )
+        known = ", ".join(sorted(config)) or "nothing"
+        raise ValueError(f"config must name layers, heads and their size; it has {known}")
     return Heads(layers, heads, get("num_key_value_heads") or heads, dim)
 
 

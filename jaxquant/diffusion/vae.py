@@ -4,13 +4,14 @@ The test bed for tiled decoding: what it sees is known to the latent, and its st
 videos of one frame.
 """
 
-import jax
+import itertools
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-REACH = 3
-"""Latents that a pixel depends on, to each side: 1 of the first convolution, 1/2 of the second, 1/4 of the last..."""
+REACH = 2
+"""Latents to each side on which a pixel depends: 1 by the first convolution, 1/2 by the second, 1/4 by the third."""
 
 State = tuple[Array, ...]
 
@@ -35,7 +36,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(
             [
                 nnx.Conv(before, after, (3, 3, 3), padding=((0, 0), (1, 1), (1, 1)), rngs=rngs)
-                for before, after in zip(sizes, sizes[1:], strict=False)
+                for before, after in itertools.pairwise(sizes)
             ]
         )
 
