@@ -52,7 +52,7 @@ def chunked_attention(
         offset: position of the first query among the keys, for each row or for all.
         sliding_window: a query sees keys less than this far away, on both sides unless causal.
         prefix: first keys that causality does not hide; the other masks still do.
-        q_mask: False marks padding: its output is 0.
+        q_mask: False marks padding, which may hold anything: its output is 0.
         kv_mask: False marks padding, which may hold anything: it is read as zeros, and seen by nobody.
         segments: a query sees the keys with its own number.
         mask: False hides.

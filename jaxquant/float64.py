@@ -102,7 +102,7 @@ def _operations(jaxpr: core.Jaxpr) -> Iterator[Operation]:
         inner = [part for value in equation.params.values() for part in _jaxprs(value)]
         for part in inner:
             yield from _operations(part)
-        wide = [tuple(out.aval.shape) for out in equation.outvars if _is_wide(out.aval)]
+        wide = [tuple(getattr(out.aval, "shape", ())) for out in equation.outvars if _is_wide(out.aval)]
         if wide and not inner:
             entered = any(_is_wide(x.aval) for x in equation.invars)
             yield Operation(equation.primitive.name, tuple(wide), _where(equation), not entered)

@@ -55,7 +55,7 @@ def _attend(static: Static, q: Array, k: Array, v: Array, smooth: Smooth, hiding
 
     def chunk(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         first = _first(i, static.q_chunk, q.shape[1])
-        queries = _rows(q, first, static.q_chunk, k.shape[2])
+        queries = _queries(q, static, hiding, first, k.shape[2])
 
         def step(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             peak, total, acc = carry
@@ -73,12 +73,11 @@ def _attend(static: Static, q: Array, k: Array, v: Array, smooth: Smooth, hiding
         divisor = jnp.where(some, total, jnp.ones_like(total))
         lse = jnp.where(some, peak + jnp.log(divisor), -jnp.inf)
         out = _heads((acc / divisor[..., None]).astype(q.dtype))
-        parts = zip(carry, (out, _heads(lse[..., None])[..., 0]), strict=True)
-        out, lse = (lax.dynamic_update_slice_in_dim(whole, part, first, axis=1) for whole, part in parts)
-        return out, lse
+        out = lax.dynamic_update_slice_in_dim(carry[0], out, first, axis=1)
+        return out, lax.dynamic_update_slice_in_dim(carry[1], _heads(lse[..., None])[..., 0], first, axis=1)
 
-    out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
-    return lax.fori_loop(0, -(-q.shape[1] // static.q_chunk), chunk, (out, jnp.zeros(q.shape[:3], wide)))
+    out, lse = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.zeros(q.shape[:3], wide)
+    return lax.fori_loop(0, -(-q.shape[1] // static.q_chunk), chunk, (out, lse))
 
 
 def _forward(static: Static, *arguments: Any) -> tuple[tuple[Array, Array], Any]:
@@ -97,7 +96,7 @@ def _backward(static: Static, saved: Any, cotangents: tuple[Array, Array]) -> tu
         d_q, d_k, d_v, d_smooth = carry
         first = _first(i, static.q_chunk, q.shape[1])
         cut = functools.partial(_rows, first=first, size=static.q_chunk, kv_heads=k.shape[2])
-        queries, outs = cut(q), cut(d_out)
+        queries, outs = _queries(q, static, hiding, first, k.shape[2]), cut(d_out)
         slopes, norms = (cut(x[..., None])[..., 0] for x in (slope, lse))
         fresh = first + jnp.arange(static.q_chunk, dtype=jnp.int32) >= i * static.q_chunk  # not of the chunk before
 
@@ -190,13 +189,13 @@ def _through_scores(
         starts = (0, 0, first, _first(j, static.kv_chunk, keys))
         at = tuple(jnp.asarray(i if size > 1 else 0, jnp.int32) for i, size in zip(starts, d_bias.shape, strict=True))
         d_bias = lax.dynamic_update_slice(d_bias, lax.dynamic_slice(d_bias, at, part.shape) + part, at)
-    if smooth.soft_cap is not None:
+    if smooth.soft_cap is not None and d_cap is not None:
         slope = 1 - jnp.square(block.bounded)
         along = block.bounded - block.products * smooth.scale / smooth.soft_cap * slope
         d_cap = d_cap + jnp.sum(d_scores * along)
         d_scores = d_scores * slope
-    d_scale = d_smooth.scale + jnp.sum(d_scores * block.products)
-    return d_scores * smooth.scale, Smooth(scale=d_scale, soft_cap=d_cap, bias=d_bias)
+    numbers = Smooth(scale=d_smooth.scale + jnp.sum(d_scores * block.products), soft_cap=d_cap, bias=d_bias)
+    return d_scores * smooth.scale, numbers
 
 
 def _visited(static: Static, hiding: Hiding, first: Array, keys: int) -> tuple[Array, Array]:
@@ -216,6 +215,14 @@ def _visited(static: Static, hiding: Hiding, first: Array, keys: int) -> tuple[A
 def _first(i: Array, size: int, length: int) -> Int[Array, ""]:
     """Give the start of a chunk; the last one overlaps the one before it rather than being shorter."""
     return jnp.minimum(i * size, length - size).astype(jnp.int32)
+
+
+def _queries(q: Array, static: Static, hiding: Hiding, first: Array, kv_heads: int) -> Array:
+    rows = _rows(q, first, static.q_chunk, kv_heads)
+    if hiding.q_mask is None:
+        return rows
+    real = lax.dynamic_slice_in_dim(hiding.q_mask, first, static.q_chunk, axis=1)[:, None, None, :, None]
+    return jnp.where(real, rows, jnp.zeros_like(rows))
 
 
 def _rows(x: Array, first: Array, size: int, kv_heads: int) -> Float[Array, "batch kv_heads group q last"]:
