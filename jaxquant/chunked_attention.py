@@ -83,7 +83,7 @@ def chunked_attention(
     if isinstance(soft_cap, int | float | np.number) and not soft_cap > 0:
         raise ValueError(f"soft_cap must be positive, got {soft_cap}")
     batch, queries = q.shape[:2]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = q.dtype if q.dtype == jnp.float64 else jnp.float32
 
     def rows(positions: Positions) -> Int[Array, " batch"]:
         return jnp.broadcast_to(jnp.asarray(positions, jnp.int32), (batch,))

@@ -15,7 +15,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, PRNGKeyArray, UInt8
+from jax import lax
+from jaxtyping import Array, Float, Integer, PRNGKeyArray, UInt8, UInt16
 
 from jaxquant import packing
 from jaxquant._pytree import pytree, static
@@ -25,6 +26,8 @@ from jaxquant._pytree import pytree, static
 class Grouped:
     """Codes of groups of numbers; the packed bytes are the only copy.
 
+    Numbers are held as the bits of bfloat16: a CPU would widen a stack of bfloat16 to float32.
+
     Attributes:
         codes: packed codes, `ceil(dim * bits / 8)` bytes a vector.
         offsets: lowest level of every group.
@@ -32,8 +35,8 @@ class Grouped:
     """
 
     codes: UInt8[Array, "*batch n_bytes"]
-    offsets: Float[Array, "*batch groups"]
-    steps: Float[Array, "*batch groups"]
+    offsets: UInt16[Array, "*batch groups"]
+    steps: UInt16[Array, "*batch groups"]
 
     @property
     def nbytes(self) -> int:
@@ -72,9 +75,9 @@ class Stochastic:
         parts = self._grouped(x)
         low, high = jnp.min(parts, axis=-1), jnp.max(parts, axis=-1)
         offsets = _outwards(low, -jnp.inf)
-        base = offsets.astype(jnp.float32)
+        base = _number(offsets)
         steps = _outwards((high - base) / (2**self.bits - 1), jnp.inf)
-        step = steps.astype(jnp.float32)
+        step = _number(steps)
         place = (parts - base[..., None]) / jnp.where(step > 0, step, 1.0)[..., None]
         place = place.reshape(*place.shape[:-2], -1)[..., : self.dim]
         if self.key is None:
@@ -87,7 +90,7 @@ class Stochastic:
     def expand(self, code: Grouped, /) -> Float[Array, "*batch dim"]:
         """Look codes up."""
         codes = packing.unpack(code.codes, bits=self.bits, length=self.dim).astype(jnp.float32)
-        offsets, steps = (self._each(x.astype(jnp.float32)) for x in (code.offsets, code.steps))
+        offsets, steps = (self._each(_number(x)) for x in (code.offsets, code.steps))
         return offsets + steps * codes
 
     def restore(self, y: Float[Array, "*batch dim"], /) -> Float[Array, "*batch dim"]:
@@ -121,9 +124,14 @@ def fold_in(quantizer: Stochastic, tag: int | Integer[Array, ""]) -> Stochastic:
     return dataclasses.replace(quantizer, key=jax.random.fold_in(quantizer.key, tag))
 
 
-def _outwards(x: Float[Array, "*batch"], towards: float) -> Float[Array, "*batch"]:
+def _outwards(x: Float[Array, "*batch"], towards: float) -> UInt16[Array, "*batch"]:
     """Round to bfloat16, upwards or downwards."""
     near = x.astype(jnp.bfloat16)
     back = near.astype(jnp.float32)
     wrong = back < x if towards > 0 else back > x
-    return jnp.where(wrong, jnp.nextafter(near, jnp.full_like(near, towards)), near)
+    near = jnp.where(wrong, jnp.nextafter(near, jnp.full_like(near, towards)), near)
+    return lax.bitcast_convert_type(near, jnp.uint16)
+
+
+def _number(bits: UInt16[Array, "*batch"]) -> Float[Array, "*batch"]:
+    return lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
