@@ -128,4 +128,5 @@ def _jaxprs(value: Any) -> Iterator[core.Jaxpr]:
 
 
 def _is_wide(leaf: Any) -> bool:
-    return getattr(leaf, "dtype", None) in WIDE
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and dtype in WIDE  # NumPy takes None for float64

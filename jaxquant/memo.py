@@ -39,7 +39,9 @@ class Memo:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-def init(encoder: Callable[[Array], PyTree[Array]], prompt: Integer[Array, " tokens"], *, entries: int) -> Memo:
+def init(
+    encoder: Callable[[Array], PyTree[Array]], prompt: Integer[Array, " tokens"] | jax.ShapeDtypeStruct, *, entries: int
+) -> Memo:
     """Make an empty memo for prompts of one length.
 
     Args:
@@ -105,7 +107,7 @@ def ask(
             values=jax.tree.map(lambda held, x: held.at[entry].set(x), memo.values, value),
             used=memo.used.at[entry].set(clock),
             clock=clock,
-            hits=memo.hits + hit,
+            hits=memo.hits + hit.astype(jnp.int32),
         )
         return after, (value, hit)
 

@@ -132,4 +132,5 @@ def _halves(x: Array) -> tuple[Array, Array]:
 def _cosine(x: Array, y: Array) -> Float[Array, ""]:
     x, y = (part.astype(jnp.float32).reshape(-1) for part in (x, y))
     lengths = jnp.linalg.norm(x) * jnp.linalg.norm(y)
-    return jnp.where(lengths > 0, jnp.dot(x, y, precision="highest") / jnp.where(lengths > 0, lengths, 1.0), 1.0)
+    cosine = jnp.dot(x, y, precision="highest") / jnp.where(lengths > 0, lengths, 1.0)
+    return jnp.where(lengths > 0, jnp.clip(cosine, -1.0, 1.0), 1.0)
