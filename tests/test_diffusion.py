@@ -67,6 +67,122 @@ def test_sharing_runs_attention_on_the_conditional_half_alone():
 
     x = jax.random.normal(jax.random.key(0), (6, 4, 8))
     out = guidance.share(attend, x)
+    assert seen == [3]
+    assert np.array_equal(out[:3], attend(x[:3]))
+    assert np.array_equal(out[3:], attend(x[:3]))
+    assert not np.array_equal(out[3:], attend(x[3:]))
+
+
+def flops(**options):
+    model = network()
+    graph, state = nnx.split(model)
+
+    def run(state, x, time, label):
+        return nnx.merge(graph, state)(x, time, label, **options)
+
+    return jax.jit(run).lower(state, *inputs()).compile().cost_analysis()["flops"]
+
+
+def shared(layer, attend, x):
+    return guidance.share(attend, x)
+
+
+def test_sharing_removes_what_attention_of_one_half_costs():
+    """From 2 rows of 4: four projections, scores and mixing, two operations for each multiplication."""
+    of_projections = 2 * 2 * TOKENS * HIDDEN * 4 * HIDDEN
+    of_attention = 2 * 2 * 2 * TOKENS * TOKENS * HIDDEN
+    expected = LAYERS * (of_projections + of_attention)
+    full = flops()
+    removed = full - flops(around=shared)
+    # The rest: norms, scaling, and a softmax of some ten operations for each of its weights.
+    softmax = LAYERS * 2 * HEADS * TOKENS * TOKENS * 12
+    assert expected <= removed <= expected + softmax
+    early = full - flops(around=lambda layer, attend, x: shared(layer, attend, x) if layer < 1 else attend(x))
+    assert np.isclose(early, removed / LAYERS, rtol=0.02)
+
+
+def test_a_gate_compares_then_shares_then_compares_again():
+    gate = guidance.Gate(threshold=0.9, refresh=2)
+    x = jax.random.normal(jax.random.key(0), (1, 4, 8))
+    near, far = jnp.concatenate([x, x + 0.01]), jnp.concatenate([x, -x])
+    runs = []
+
+    def attend(x):
+        jax.debug.callback(lambda: runs.append(x.shape[0]))
+        return 2 * x
+
+    step = jax.jit(lambda state, x: gate.attend(state, attend, x))
+
+    def follow(x, steps):
+        runs.clear()
+        state = gate.init()
+        outs = []
+        for _ in range(steps):
+            state, out = step(state, x)
+            outs.append(out)
+        jax.effects_barrier()
+        return outs, list(runs)
+
+    outs, sizes = follow(near, 7)
+    assert sizes == [2, 1, 1, 2, 1, 1, 2]
+    for out, size in zip(outs, sizes, strict=True):
+        assert np.array_equal(out, 2 * near if size == 2 else guidance.pair(2 * x))
+    assert follow(far, 4)[1] == [2, 2, 2, 2]
+
+
+def test_a_gate_inside_sampling_agrees_with_no_gate_until_it_shares():
+    model = network()
+
+    def velocity(gate):
+        def run(state, x, time, label):
+            states = list(state)
+
+            def around(layer, attend, x):
+                states[layer], out = gate.attend(states[layer], attend, x)
+                return out
+
+            return tuple(states), model(x, time, label, around=around)
+
+        return run
+
+    noise, label = jax.random.normal(jax.random.key(3), (1, SIDE, SIDE, 1)), jnp.array([1])
+    follow = functools.partial(flow.sample, noise=noise, labels=label, none=CLASSES, steps=3, scale=2.0)
+    never, always = guidance.Gate(threshold=2.0), guidance.Gate(threshold=-1.0, refresh=100)
+    _, plain = follow(lambda state, *x: (state, model(*x)), ())
+    state, kept = follow(velocity(never), (never.init(),) * LAYERS)
+    assert np.allclose(kept, plain, rtol=1e-4, atol=1e-4)
+    assert all(int(each.age) == 0 and -1 <= each.similarity <= 1 for each in state)
+    state, other = follow(velocity(always), (always.init(),) * LAYERS)
+    assert not np.allclose(other, plain, rtol=1e-3, atol=1e-3)
+    assert all(int(each.age) == 3 for each in state)
+
+
+@pytest.mark.parametrize("f", [guidance.guide, guidance.share])
+def test_an_odd_batch_has_no_halves(f):
+    with pytest.raises(ValueError, match="conditional and an unconditional half, got 3 rows"):
+        f(jnp.ones((3, 2, 2)), scale=1.0) if f is guidance.guide else f(lambda x: x, jnp.ones((3, 2, 2)))
+
+
+# The small transformer and its flow
+
+
+def test_the_transformer_reads_all_it_is_given():
+    model = jax.jit(network())
+    x, time, label = inputs()
+    out = model(x, time, label)
+    assert out.shape == x.shape
+    for other in ((x[::-1], time, label), (x, time[::-1], label), (x, time, label[::-1])):
+        assert not np.allclose(model(*other), out, atol=1e-3)
+    rolled = model(jnp.roll(x, 2, axis=1), time, label)
+    assert not np.allclose(jnp.roll(out, 2, axis=1), rolled, atol=1e-3)  # places matter
+    seen = []
+
+    def tap(layer, q, k, v):
+        seen.append((layer, k.shape, v.shape))
+        return q, k, jnp.zeros_like(v)
+
+    without = jax.jit(functools.partial(network(), tap=tap))(x, time, label)
+    assert not np.allclose(without, out, atol=1e-3)
     shape = (4, TOKENS, HEADS, HIDDEN // HEADS)
     assert seen == [(layer, shape, shape) for layer in range(LAYERS)]
 
