@@ -117,13 +117,10 @@ def transformer(key: Array, *, steps: int, train: int) -> dict[str, Steps]:
         return (index + 1, held.at[index].set(jnp.stack(seen))), out
 
     noise = jax.random.normal(jax.random.key(7), (2, 16, 16, 1))
-    kv = jax.eval_shape(
-        lambda: velocity((0, jnp.zeros((1, 3, 2, 4, 3, 64, 32))), jnp.zeros((4, 16, 16, 1)), jnp.zeros(4), jnp.zeros(4, int))
-    )[0][1].shape[1:]  # fmt: skip
-    start = (jnp.int32(0), jnp.zeros((steps, *kv)))
+    # [steps, layers, keys or values, two pictures with and without their class, heads, tokens, dim]
+    start = (jnp.int32(0), jnp.zeros((steps, 3, 2, 4, 3, 64, 32)))
     run = jax.jit(lambda: flow.sample(velocity, start, noise, jnp.array([0, 3]), none=5, steps=steps, scale=2.0))
     (_, held), _ = run()
-    # [steps, layers, keys or values, batch, heads, tokens, dim]: layers join the batch.
     both = jnp.moveaxis(held, 2, 0)
     return {f"DiT {name}": x.reshape(steps, -1, *x.shape[3:]) for name, x in zip(("keys", "values"), both, strict=True)}
 
