@@ -34,7 +34,7 @@ def draw(key: PRNGKeyArray, count: int, *, side: int) -> tuple[Float[Array, "cou
     centre = jax.random.uniform(of_place, (count, 2, 1, 1), minval=-0.4, maxval=0.4)
     size = jax.random.uniform(of_size, (count, 1, 1), minval=0.25, maxval=0.5)
     light = jax.random.uniform(of_light, (count, 1, 1), minval=0.6, maxval=1.0)
-    axis = (jnp.arange(side) + 0.5) / side * 2 - 1
+    axis = jnp.linspace(-1 + 1 / side, 1 - 1 / side, side)
     y, x = axis[None, :, None] - centre[:, 0], axis[None, None, :] - centre[:, 1]
     radius = jnp.hypot(y, x)
     outside = jnp.stack(

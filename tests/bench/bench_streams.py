@@ -148,13 +148,11 @@ def costs(each: dict[str, Coder], x: Steps, repeats: int = 9) -> dict[str, tuple
     taken: dict[str, list[list[float]]] = {name: [[], []] for name in each}
     for _ in range(repeats):
         for name, coder in each.items():
-            for kind, call in enumerate((lambda: coder.step(states[name], x[1]), lambda: coder.value(states[name]))):
+            for kind in (0, 1):
                 start = time.perf_counter()
-                jax.block_until_ready(call())
+                jax.block_until_ready(coder.value(states[name]) if kind else coder.step(states[name], x[1]))
                 taken[name][kind].append(time.perf_counter() - start)
-    return {
-        name: (float(np.median(first[1:])), float(np.median(second[1:]))) for name, (first, second) in taken.items()
-    }
+    return {name: (float(np.median(a[1:])), float(np.median(b[1:]))) for name, (a, b) in taken.items()}
 
 
 def main() -> None:
