@@ -2,9 +2,9 @@
 
     python examples/guided_sampling.py [--train 200] [--steps 12] [--scale 2]
 
-The same noise is followed with attention computed for both halves, shared in every layer at every step, and shared where
-a gate finds the halves alike. Printed are the operations of a step as compiled, how often attention was shared, and how
-far the pictures are from those without sharing, beside what a blank picture would score.
+The same noise is followed with attention computed for both halves, shared in every layer at every step, and shared
+where a gate finds the halves alike. Printed are the operations of a step as compiled, how often attention was shared,
+and how far the pictures are from those without sharing, beside what a blank picture would score.
 """
 
 from typing import Annotated, Any
@@ -49,7 +49,7 @@ def main(
         "shared": (always, ()),
         "gated": (gated(gate), ((gate.init(), jnp.int32(0)),) * len(model.blocks)),
     }
-    reference = None
+    reference, blank = noise, 0.0
     for name, (how, states) in kinds.items():
 
         def velocity(states: Any, x: Array, time: Array, label: Array, how: Any = how) -> tuple[Any, Array]:
@@ -65,11 +65,11 @@ def main(
             lambda states, v=velocity: flow.sample(v, states, noise, labels, none=NONE, steps=steps, scale=scale)
         )
         states, pictures = run(states)
-        if reference is None:
-            reference = pictures
-            blank = quality.blank_psnr(reference, peak=2.0).mean()
+        if name == "both halves":
+            reference, blank = pictures, quality.blank_psnr(pictures, peak=2.0).mean()
         one = jax.jit(velocity).lower(states, guidance.pair(noise), jnp.zeros(2 * NONE), jnp.tile(labels, 2)).compile()
-        line = f"{name:12} {one.cost_analysis()['flops'] / 1e6:8.1f} million operations a step"
+        operations: Any = one.cost_analysis()
+        line = f"{name:12} {operations['flops'] / 1e6:8.1f} million operations a step"
         if name == "gated":
             share = sum(int(count) for _, count in states) / len(states) / steps
             line += f" with both branches, attention shared in {share:.0%} of steps and layers"

@@ -3,8 +3,8 @@
     python examples/train_packed.py [--steps 150] [--layers 8]
 
 Residual blocks learn to name the shape in a picture, four times from the same weights on the same pictures: with
-everything remembered, with `jax.checkpoint`, and with the input of every block packed to 4 and to 2 bits. Printed are the
-bytes of temporaries of a training step as compiled, and the accuracy on new pictures.
+everything remembered, with `jax.checkpoint`, and with the input of every block packed to 4 and to 2 bits. Printed are
+the bytes of temporaries of a training step as compiled, and the accuracy on new pictures.
 """
 
 from typing import Annotated, Any
@@ -74,11 +74,13 @@ def main(
 
         params, memory = start, optimizer.init(start)
         program = step.lower(params, memory, keys[5]).compile()
+        usage: Any = program.memory_analysis()
+        value = jnp.inf
         for key in jax.random.split(keys[5], steps):
             params, memory, value = program(params, memory, key)
         right = jnp.argmax(logits(params, new_pictures, keys[5], "plain", 0), axis=1) == new_labels
         name = f"{kind}, {bits} bits" if bits else kind
-        held = program.memory_analysis().temp_size_in_bytes / 2**20
+        held = usage.temp_size_in_bytes / 2**20
         print(f"{name:16} {held:6.2f} MiB of temporaries, loss {value:.3f}, {right.mean():.1%} of new pictures right")
 
 

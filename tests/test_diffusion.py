@@ -80,7 +80,9 @@ def flops(**options):
     def run(state, x, time, label):
         return nnx.merge(graph, state)(x, time, label, **options)
 
-    return jax.jit(run).lower(state, *inputs()).compile().cost_analysis()["flops"]
+    operations = jax.jit(run).lower(state, *inputs()).compile().cost_analysis()
+    assert operations is not None
+    return operations["flops"]
 
 
 def shared(layer, attend, x):

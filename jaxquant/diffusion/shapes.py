@@ -85,7 +85,7 @@ def train(
     classes = len(NAMES)
     model = DiT(side=side, classes=classes, hidden=hidden, heads=heads, layers=layers, rngs=nnx.Rngs(first))
     graph, weights = nnx.split(model)
-    optimizer = optax.adam(lambda count: rate * (0.5 + 0.5 * jnp.cos(jnp.pi * count.astype(jnp.float32) / steps)))
+    optimizer = optax.adam(lambda count: rate * (0.5 + 0.5 * jnp.cos(jnp.pi * jnp.asarray(count, jnp.float32) / steps)))
 
     def loss(weights: nnx.State, key: PRNGKeyArray) -> Float[Array, ""]:
         of_pictures, of_loss = jax.random.split(key)
@@ -99,7 +99,7 @@ def train(
             value, gradient = jax.value_and_grad(loss)(weights, key)
             with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to its integer count of steps
                 change, memory = optimizer.update(gradient, memory, weights)
-            return (optax.apply_updates(weights, change), memory), value
+            return (jax.tree.map(jnp.add, weights, change), memory), value
 
         (weights, _), losses = jax.lax.scan(step, (weights, optimizer.init(weights)), keys)
         return weights, losses

@@ -28,7 +28,10 @@ MIB = 2**20
 def compiled(f: Callable[..., Any], *shapes: Any) -> tuple[int, float]:
     """Give the bytes of temporaries and the operations."""
     program = jax.jit(f).lower(*shapes).compile()
-    return program.memory_analysis().temp_size_in_bytes, program.cost_analysis()["flops"]
+    usage, operations = program.memory_analysis(), program.cost_analysis()
+    assert usage is not None
+    assert operations is not None
+    return usage.temp_size_in_bytes, operations["flops"]
 
 
 def floats(*shape: int) -> jax.ShapeDtypeStruct:
@@ -132,7 +135,10 @@ def shared(layers: int = 4) -> None:
             def around(layer: int, attend: Any, x: jax.Array, count: int = count) -> jax.Array:
                 return guidance.share(attend, x) if layer < count else attend(x)
 
-            _, operations = compiled(lambda state, *x, a=around: nnx.merge(graph, state)(*x, around=a), state, *shapes)
+            def run(state: Any, *x: jax.Array, graph: Any = graph, around: Any = around) -> jax.Array:
+                return nnx.merge(graph, state)(*x, around=around)
+
+            _, operations = compiled(run, state, *shapes)
             full = full or operations
             line = f"{count} of {layers}, {tokens:,} tokens of {hidden}"
             print(f"| {line} | {operations / 1e6:.1f} M | {1 - operations / full:.1%} |", flush=True)
