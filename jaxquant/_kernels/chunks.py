@@ -81,8 +81,8 @@ def _attend(static: Static, q: Array, k: Array, v: Array, smooth: Smooth, hiding
 
 
 def _forward(static: Static, *arguments: Any) -> tuple[tuple[Array, Array], Any]:
-    out, lse = _attend(static, *arguments)
-    return (out, lse), (*arguments, out, lse)
+    results: Any = _attend(static, *arguments)
+    return results, (*arguments, *results)
 
 
 def _backward(static: Static, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxquant import methods
+from jaxquant import methods, quantizers
 from jaxquant.diffusion import flow, shapes
 from jaxquant.methods import turboquant
 
@@ -44,15 +44,10 @@ class Coder(NamedTuple):
 def direct(key: Array, *, dim: int, bits: int) -> Coder:
     """Code each step alone."""
     quantizer = turboquant.mse(key, dim=dim, bits=bits, scale="least_squares")
-
-    @jax.jit
-    def code(x: Array) -> Any:
-        return quantizer.quantize(x)
-
     return Coder(
-        start=lambda x: (code(x),) * 2,
-        step=lambda _, x: (code(x),) * 2,
-        value=jax.jit(lambda code: quantizer.restore(quantizer.expand(code))),
+        start=lambda x: (quantizers.quantize(quantizer, x),) * 2,
+        step=lambda _, x: (quantizers.quantize(quantizer, x),) * 2,
+        value=lambda code: quantizers.dequantize(quantizer, code),
     )
 
 
@@ -66,14 +61,21 @@ def coders() -> Iterator[tuple[str, Callable[..., Coder]]]:
             yield found.name, functools.partial(streamed, make)
 
 
+@functools.cache
+def pieces() -> tuple[Any, Any]:
+    """Give the module of streams and its compiled decoder: one for all, so that it compiles once for each shape."""
+    streams = importlib.import_module("jaxquant.streams")
+    return streams, jax.jit(streams.value)
+
+
 def streamed(make: Callable[..., Any], key: Array, *, dim: int, bits: int) -> Coder:
     """Wrap a `jaxquant.streams.Stream`."""
-    streams = importlib.import_module("jaxquant.streams")
+    streams, value = pieces()
     stream = make(key, dim=dim, bits=bits)
     return Coder(
         start=lambda x: streams.start(stream, x),
         step=lambda state, x: streams.step(stream, state, x),
-        value=jax.jit(lambda state: streams.value(stream, state)),
+        value=lambda state: value(stream, state),
     )
 
 
@@ -162,32 +164,35 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=300)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    tensors = {f"walk {s}": walk(jax.random.key(1), share=s, steps=options.steps) for s in (0.05, 0.2, 0.6, 2**0.5)}
+    tensors = transformer(jax.random.key(3), steps=options.steps, train=options.train)
+    for share in (0.05, 0.2, 0.6, 2**0.5):
+        tensors[f"walk {share:.2g}"] = walk(jax.random.key(1), share=share, steps=options.steps)
     tensors["smooth 0.1"] = smooth(jax.random.key(2), share=0.1, steps=options.steps)
-    tensors |= transformer(jax.random.key(3), steps=options.steps, train=options.train)
     table = []
+    if not options.json:
+        print("| stream, moves | bits | method | error | direct / it | bytes sent | held | encode | decode |")
+        print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for name, x in tensors.items():
-        moved = jnp.sum(jnp.square(x[1:] - x[:-1])) / jnp.sum(jnp.square(x[1:]))
+        moved = float(jnp.sum(jnp.square(x[1:] - x[:-1])) / jnp.sum(jnp.square(x[1:]))) ** 0.5
         for bits in options.bits:
             each = {title: make(jax.random.key(0), dim=x.shape[-1], bits=bits) for title, make in coders()}
             found = {title: follow(coder, x) for title, coder in each.items()}
             taken = costs(each, x)
             for title, (error, sent, held) in found.items():
                 encode, decode = (t / d for t, d in zip(taken[title], taken["direct"], strict=True))
+                gain = found["direct"][0] / error
                 table.append({
-                    "stream": name, "moved": float(moved) ** 0.5, "bits": bits, "method": title, "error": error,
-                    "gain": found["direct"][0] / error, "sent": sent, "held": held, "encode": encode, "decode": decode,
+                    "stream": name, "moved": moved, "bits": bits, "method": title, "error": error, "gain": gain,
+                    "sent": sent, "held": held, "encode": encode, "decode": decode,
                 })  # fmt: skip
+                if not options.json:
+                    print(
+                        f"| {name}, {moved:.2f} | {bits} | {title} | {error:.5f} | {gain:.2f} "
+                        f"| {sent:.1f} | {held:.1f} | {encode:.2f} | {decode:.2f} |",
+                        flush=True,
+                    )
     if options.json:
         print(json.dumps(table, indent=2))
-        return
-    print("| stream, moves | bits | method | error | direct / it | bytes sent | held | encode | decode |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in table:
-        print(
-            f"| {row['stream']}, {row['moved']:.2f} | {row['bits']} | {row['method']} | {row['error']:.5f} "
-            f"| {row['gain']:.2f} | {row['sent']:.1f} | {row['held']:.1f} | {row['encode']:.2f} | {row['decode']:.2f} |"
-        )
 
 
 if __name__ == "__main__":
