@@ -1,6 +1,6 @@
 """Train a classifier with activations packed to a few bits for the backward pass.
 
-    python examples/train_packed.py [--steps 150] [--layers 8]
+    python examples/train_packed.py [--steps 60] [--layers 12]
 
 Residual blocks learn to name the shape in a picture, four times from the same weights on the same pictures: with
 everything remembered, with `jax.checkpoint`, and with the input of every block packed to 4 and to 2 bits. Printed are
@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jaxquant import activations, stochastic
 from jaxquant.diffusion import shapes
 
-SIDE, WIDTH, BATCH = 16, 128, 128
+SIDE, WIDTH, BATCH = 16, 64, 1024
 CLASSES = len(shapes.NAMES)
 
 
@@ -45,8 +45,8 @@ def logits(params: Any, pictures: Array, key: Array, kind: str, bits: int) -> Ar
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="steps of training")] = 150,
-    layers: Annotated[int, typer.Option(help="blocks")] = 8,
+    steps: Annotated[int, typer.Option(help="steps of training")] = 60,
+    layers: Annotated[int, typer.Option(help="blocks")] = 12,
 ) -> None:
     keys = jax.random.split(jax.random.key(0), 6)
     up, down = (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)
@@ -55,7 +55,7 @@ def main(
         [0.5 * jax.random.normal(k, (layers, *s)) * s[0] ** -0.5 for k, s in zip(keys[1:3], (up, down), strict=True)],
         jax.random.normal(keys[3], (WIDTH, CLASSES)) * WIDTH**-0.5,
     )
-    optimizer = optax.adam(1e-3)
+    optimizer = optax.adam(3e-3)
     new_pictures, new_labels = shapes.draw(keys[4], 1000, side=SIDE)
     for kind, bits in (("plain", 0), ("checkpoint", 0), ("packed", 4), ("packed", 2)):
 
