@@ -222,6 +222,8 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with and without compression, and measure what it saved and what it cost."""
+    from jaxquant import trial
+
     chosen = _trial(model, method, bits_k, bits_v, sinks, window, seed, exact_tokens=(4, 32))
     with _console.bar() as bar:
         report = chosen.compare(
@@ -271,7 +273,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, KL divergence, agreement and pass-key retrieval through the packed cache."""
-    from jaxquant import catalogue, trial
+    from jaxquant import trial
 
     if calibration is None:
         chosen = _trial(model, method, bits_k, bits_v, sinks, window, seed, exact_tokens=(0, 0))
