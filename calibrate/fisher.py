@@ -113,7 +113,7 @@ def loss(
     def tap(layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         return q, k + changes[0][layer].astype(k.dtype), v + changes[1][layer].astype(v.dtype)
 
-    logits = decoder(tokens[None], tap=tap)[0][0] / temperature
+    logits = decoder(tokens[None], tap=tap, recompute=True)[0][0] / temperature
     if labels is None:
         labels = lax.stop_gradient(jax.random.categorical(key, logits))
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]

@@ -33,6 +33,10 @@ def calibrate(
         int | None, typer.Option(min=1, help="Runs of layers with one template each; default: one for each layer.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of pass keys and labels.")] = 0,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="File for what is measured: a run that was interrupted, or has another budget, uses it."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for pictures; needs the extra `plot`.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -48,8 +52,9 @@ def calibrate(
     with _console.bar() as bar:
         step = _console.advance(bar)
         measured = make.measure(
-            found, ids, start=start, rows=rows, seq_len=seq_len, retrieval=retrieval, seed=seed, progress=step
-        )
+            found, ids, start=start, rows=rows, seq_len=seq_len, retrieval=retrieval, seed=seed, keep=keep,
+            progress=step,
+        )  # fmt: skip
         candidates = make.candidates(measured, progress=step)
         made = make.choose(found, measured, candidates, bits=bits, group=group, layer_groups=layer_groups)
         files.write(output, made)

@@ -133,7 +133,10 @@ def compare(
                 f"the compressed cache holds {held[1]} bytes a token and the baseline {held[0]}: "
                 "compression was not active"
             )
-        lossy = [stack for stack in caches[1].stacks if not isinstance(stack.keys.quantizer, Exact)]
+        lossy = [
+            stack for stack in caches[1].stacks
+            if not all(isinstance(store.quantizer, Exact) for store in (stack.keys, stack.values))
+        ]  # fmt: skip
         exact = min((stack.sinks + stack.window for stack in lossy), default=fed)
         if exact >= fed:
             raise RuntimeError(

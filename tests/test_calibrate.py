@@ -89,7 +89,7 @@ def test_statistics_equal_numpy(decoder, tokens):
     output = np.stack(kernels).reshape(LAYERS, KV_HEADS, group, DIM, 32)
     out = np.einsum("rlhgqt,rlhtd->rlhgqd", p, v)
     apart = np.einsum("rlhgqtd,lhgdn->rlhgqtn", v[:, :, :, None, None] - out[..., None, :], output)
-    importance = np.einsum("rlhgqt,rlhgqtn->rlhgq", p**2, apart**2)
+    importance = np.einsum("rlhgqt,rlhgqtn->rlhgq", p**2, apart**2) / DIM
     close(found.weighted_queries, np.einsum("rlhgq,rlhgqd,rlhgqe->lhde", importance, grouped, grouped), 1e-4)
     close(found.key_covariance[1, 0], np.cov(k[:, 1, 0].reshape(-1, DIM).T, bias=True))
     for wrong in (outer(v), found.key_moments[:, ::-1]):
