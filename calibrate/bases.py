@@ -119,9 +119,9 @@ def worst_case(
     """Weigh queries so that none of them pays more than the others: the metric of least largest error.
 
     In the basis of a metric M, errors at high rate have a covariance proportional to M^-1, so a query q pays
-    q^T M^-1 q. Among the M = sum_i w_i q_i q_i^T of one determinant, the weights of the smallest enclosing ellipsoid make
-    the largest of these payments least, and equal to dim for every query that has weight (Kiefer and Wolfowitz).
-    Titterington's iteration multiplies each weight by its query's payment over dim.
+    q^T M^-1 q. Among all M = sum_i w_i q_i q_i^T of one determinant, the weights of the smallest enclosing ellipsoid
+    make the largest of these payments least, and equal to dim for every query that has weight (Kiefer and
+    Wolfowitz). Titterington's iteration multiplies each weight by its query's payment over dim.
 
     Args:
         queries: a sample of them, more than dim.

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxquant.calibrate import bases, files, fisher, fit, measured, statistics, text
+from jaxquant.calibrate import bases, files, fisher, fit, head_types, measured, refine, statistics, text
 from jaxquant.calibrate.files import Calibration
 from jaxquant.calibrate.fit import Fitted
 from jaxquant.calibrate.measured import Measured
@@ -24,6 +24,7 @@ class Candidates(NamedTuple):
 
     keys: Fitted
     values: Fitted
+    setting: dict[str, Any]
 
 
 def silent(description: str, done: int, total: int) -> None:
@@ -101,7 +102,9 @@ def candidates(
     *,
     metric: Metric = "information",
     queries: float = 0.5,
-    shrinkage: tuple[float, float] = (0.1, 0.02),
+    shrinkage: tuple[float, float] = (0.2, 0.02),
+    types: int = 0,
+    seed: int = 0,
     progress: Progress = silent,
 ) -> Candidates:
     """Fit bases and codebooks of every width.
@@ -114,6 +117,8 @@ def candidates(
         queries: share of the keys' metric that comes from queries, at the strength of the information: every query
             counts in it, also those whose answer is so certain that small errors cost nothing.
         shrinkage: of the metrics of keys and of values; see `bases.shrunk`.
+        types: of heads for which shared codebooks are searched (`head_types.share`); 0 searches none.
+        seed: of the search.
         progress: called with a description, what is done and what there is to do.
 
     Raises:
@@ -131,17 +136,20 @@ def candidates(
         scores = bases.worst_case(found.query_samples.reshape(*costs["keys"].shape[:2], -1, found.keys.shape[-1]))
     costs["keys"] = (1 - queries) * costs["keys"] + queries * bases.like(scores, costs["keys"], covariances["keys"])
     samples = {"keys": found.key_samples, "values": found.value_samples}
-    parts = []
+    parts, won = [], {}
     for name, share in zip(("keys", "values"), shrinkage, strict=True):
-        parts.append(
-            fit.fit(
-                bases.karhunen_loeve(covariances[name], bases.shrunk(costs[name], share)),
-                getattr(found, name) / found.tokens,
-                samples[name],
-                progress=lambda done, total, name=name: progress(f"codebooks of {name}", done, total),
-            )
+        fitted = fit.fit(
+            bases.karhunen_loeve(covariances[name], bases.shrunk(costs[name], share)),
+            getattr(found, name) / found.tokens,
+            samples[name],
+            progress=lambda done, total, name=name: progress(f"codebooks of {name}", done, total),
         )
-    return Candidates(*parts)
+        if types:
+            fitted, _, taken, _ = head_types.share(np.random.default_rng(seed), fitted, samples[name], types=types)
+            won[name] = {bits: float(x.mean()) for bits, x in zip(fitted.choices, taken, strict=True) if x.any()}
+        parts.append(fitted)
+    setting = {"metric": metric, "queries": queries, "shrinkage": list(shrinkage), "types": types}
+    return Candidates(*parts, setting | ({"shared_codebooks": won} if types else {}))
 
 
 def choose(
@@ -153,6 +161,7 @@ def choose(
     group: int = 8,
     layer_groups: int | None = None,
     method: Allocation = "exact",
+    steps: int = 0,
 ) -> Calibration:
     """Spend a budget.
 
@@ -165,6 +174,7 @@ def choose(
         layer_groups: runs of neighbouring layers that share one template, and so a stack of the cache; None gives each
             layer its own.
         method: "exact" is a dynamic programme, "greedy" buys the best bargain first; see `allocation`.
+        steps: of gradient descent on what keys decode to (`refine.attention`); 0 leaves them as fitted.
 
     Raises:
         ValueError: the budget is too small, or a size does not fit.
@@ -174,14 +184,19 @@ def choose(
     if not 1 <= runs <= layers:
         raise ValueError(f"layer_groups must be from 1 to {layers}, got {runs}")
     shared = [part.tolist() for part in np.array_split(np.arange(layers), runs)]
-    allotted = fit.allocate(found, budget=bits, group=group, layer_groups=shared, method=method)
-    made = [fit.build(half, each) for half, each in zip(found, allotted, strict=True)]
+    halves = (found.keys, found.values)
+    allotted = fit.allocate(halves, budget=bits, group=group, layer_groups=shared, method=method)
+    keys, values = (fit.build(half, each) for half, each in zip(halves, allotted, strict=True))
     setting: dict[str, Any] = {
+        **found.setting,
         "bits": bits,
         "group": group,
         "layer_groups": runs,
         "text": seen.text,
         "tokens": seen.statistics.tokens,
-        "predicted_kl": sum(map(float, (fit.loss(half, each) for half, each in zip(found, allotted, strict=True)))),
+        "predicted_kl": sum(map(float, (fit.loss(half, each) for half, each in zip(halves, allotted, strict=True)))),
     }
-    return Calibration(keys=made[0], values=made[1], fingerprint=files.fingerprint(model), setting=setting)
+    if steps:
+        keys, lost = refine.attention(keys, seen.statistics, scale=model.architecture.scale, steps=steps)
+        setting |= {"steps": steps, "attention_kl": [float(x) for x in lost.mean(axis=0)]}
+    return Calibration(keys=keys, values=values, fingerprint=files.fingerprint(model), setting=setting)

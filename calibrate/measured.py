@@ -1,4 +1,4 @@
-"""What text showed about a model, in a file: an interrupted measurement goes on from it, and another budget reuses it."""
+"""What text showed about a model, in a file: an interrupted measurement continues, and another budget reuses it."""
 
 import dataclasses
 import hashlib
@@ -67,7 +67,7 @@ class Measured:
                 record = (file.metadata() or {}).get(_KEY)
                 if record is None:
                     raise ValueError(f"{path}: not a measurement: its metadata has no {_KEY!r}")
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                arrays = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path}: damaged measurement: {error}") from None
         try:
