@@ -85,8 +85,9 @@ def measure(
     for row in range(0 if found is None else found.statistics.rows, rows):
         one = chosen[row : row + 1]
         sums = statistics.collect(model.decoder, one, batch=1, samples=max(1, samples // rows))
-        key = jax.random.fold_in(jax.random.key(seed), row)
-        information = fisher.collect(key, model.decoder, one, temperature=temperature)
+        information = fisher.collect(
+            jax.random.key(seed), model.decoder, one, temperature=temperature, first=row
+        )  # fmt: skip
         if found is not None:
             sums, information = found.statistics + sums, found.fisher + information
         found = Measured(statistics=sums, fisher=information, text=words, identity=name)
@@ -102,7 +103,7 @@ def candidates(
     *,
     metric: Metric = "information",
     queries: float = 0.5,
-    shrinkage: tuple[float, float] = (0.2, 0.02),
+    shrinkage: tuple[float, float] = (0.1, 0.02),
     types: int = 0,
     seed: int = 0,
     progress: Progress = silent,
