@@ -85,7 +85,7 @@ class Measured:
 _FIELDS = dataclasses.fields(Statistics)
 
 
-def identity(fingerprint: str, rows: Int[np.ndarray, "rows tokens"], *settings: float) -> str:
+def identity(fingerprint: str, rows: Int[np.ndarray, "rows tokens"], *settings: float | int) -> str:
     """Hash what a measurement depends on.
 
     Example:

@@ -96,7 +96,8 @@ def descend(
     @jax.jit
     def step(changes: Changes, state: Any, item: Any) -> tuple[Changes, Any]:
         gradient = jax.grad(loss)(changes, item)
-        updates, state = optimizer.update(gradient, state)
+        with jax.numpy_dtype_promotion("standard"):  # which optax counts on
+            updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(changes, updates), state
 
     def score(changes: Changes) -> float:
