@@ -111,3 +111,44 @@ def floored(name: str, matrix: Float[np.ndarray, "*heads dim dim"]) -> Float[np.
     if not np.isfinite(matrix).all() or (mean <= 0).any():
         raise ValueError(f"{name} must be finite and positive, got mean eigenvalues of {np.min(mean):.3g} and up")
     return matrix + _LEAST * mean[..., None, None] * np.eye(matrix.shape[-1])
+
+
+def worst_case(
+    queries: Float[np.ndarray, "*heads samples dim"], *, rounds: int = 60
+) -> Float[np.ndarray, "*heads dim dim"]:
+    """Weigh queries so that none of them pays more than the others: the metric of least largest error.
+
+    In the basis of a metric M, errors at high rate have a covariance proportional to M^-1, so a query q pays
+    q^T M^-1 q. Among all M = sum_i w_i q_i q_i^T of one determinant, the weights of the smallest enclosing ellipsoid
+    make the largest of these payments least, and equal to dim for every query that has weight (Kiefer and
+    Wolfowitz). Titterington's iteration multiplies each weight by its query's payment over dim.
+
+    Args:
+        queries: a sample of them, more than dim.
+        rounds: of the iteration.
+
+    Returns:
+        The metric, its trace that of the mean of q q^T.
+
+    References:
+        J. Kiefer, J. Wolfowitz, "The equivalence of two extremum problems", 1960; D. M. Titterington, "Algorithms for
+        computing D-optimal designs on a finite design space", 1976.
+
+    Example:
+        >>> worst_case(np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).round(3)
+        array([[0.5, 0. ],
+               [0. , 0.5]])
+    """
+    count, dim = queries.shape[-2:]
+    weights = np.full(queries.shape[:-1], 1 / count)
+    for _ in range(rounds):
+        metric = floored("queries", _outer(queries, weights))
+        payment = np.einsum("...nd,...dn->...n", queries, np.linalg.solve(metric, np.swapaxes(queries, -1, -2)))
+        weights *= payment / dim
+        weights /= weights.sum(axis=-1, keepdims=True)
+    found, mean = _outer(queries, weights), np.mean(np.sum(queries**2, axis=-1), axis=-1)
+    return found * (mean / np.trace(found, axis1=-2, axis2=-1))[..., None, None]
+
+
+def _outer(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return np.swapaxes(x * weights[..., None], -1, -2) @ x

@@ -53,6 +53,7 @@ def collect(
     *,
     labels: Labels = "model",
     temperature: float = 1.0,
+    first: int = 0,
     progress: Progress | None = None,
 ) -> Fisher:
     """Measure the information, one row at a time.
@@ -65,6 +66,7 @@ def collect(
             of the text (the empirical information).
         temperature: divides the logits. Above 1, predictions that are certain still count: an error that would flip
             them is large, and at temperature 1 its first steps cost nothing.
+        first: number of the first row, where rows of one measurement come in parts: each row has labels of its own.
         progress: called with the rows done and all rows.
 
     Raises:
@@ -88,7 +90,9 @@ def collect(
     total: Fisher | None = None
     for row in range(rows):
         some = jnp.asarray(tokens[row], jnp.int32)
-        found = _row(graph, state, jax.random.fold_in(key, row), some, jnp.float32(temperature), labels == "text")
+        found = _row(
+            graph, state, jax.random.fold_in(key, first + row), some, jnp.float32(temperature), labels == "text"
+        )
         new = Fisher(**{name: np.asarray(x, np.float64) for name, x in found.items()}, tokens=length)
         total = new if total is None else total + new
         if progress is not None:
@@ -113,7 +117,7 @@ def loss(
     def tap(layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         return q, k + changes[0][layer].astype(k.dtype), v + changes[1][layer].astype(v.dtype)
 
-    logits = decoder(tokens[None], tap=tap)[0][0] / temperature
+    logits = decoder(tokens[None], tap=tap, recompute=True)[0][0] / temperature
     if labels is None:
         labels = lax.stop_gradient(jax.random.categorical(key, logits))
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]

@@ -67,22 +67,30 @@ def fit(
     weights = weights / weights.sum(axis=-1, keepdims=True)
     tables = [np.zeros((layers, heads, dim, 2**bits)) for bits in choices]
     losses = np.zeros((len(choices), layers, heads, dim))
+    fitted = Fitted(
+        basis=basis, mean=mean, levels=tuple(tables), losses=losses, choices=tuple(choices), weights=weights, rule=rule
+    )  # its arrays are filled now
     for layer in range(layers):
         for head in range(heads):
-            centred = np.asarray(samples[layer, head], np.float64) - mean[layer, head]
-            y = centred @ basis.analysis[layer, head].T
-            gain = np.ones(len(y))
-            if rule != "none":
-                gain = np.sqrt(np.maximum(y**2 @ weights[layer, head], 1e-30))
-                gain = np.exp2(np.clip(np.round(STEPS * np.log2(gain)), -128, 127) / STEPS)
-            for i, (table, error) in enumerate(levels.fit(y / gain[:, None], gain**2, choices)):
+            y, gain = scaled(fitted, samples, layer, head)
+            for i, (table, error) in enumerate(levels.fit(y, gain**2, choices)):
                 tables[i][layer, head] = table
                 losses[i, layer, head] = error * np.mean(gain**2) * basis.worth[layer, head]
         if progress is not None:
             progress(layer + 1, layers)
-    return Fitted(
-        basis=basis, mean=mean, levels=tuple(tables), losses=losses, choices=tuple(choices), weights=weights, rule=rule
-    )
+    return fitted
+
+
+def scaled(
+    fitted: Fitted, samples: Float[np.ndarray, "layers kv_heads samples dim"], layer: int, head: int
+) -> tuple[Float[np.ndarray, "samples dim"], Float[np.ndarray, " samples"]]:
+    """Give what levels are fitted to: one head's coordinates over their gain, and the gain."""
+    y = (np.asarray(samples[layer, head], np.float64) - fitted.mean[layer, head]) @ fitted.basis.analysis[layer, head].T
+    if fitted.rule == "none":
+        return y, np.ones(len(y))
+    gain = np.sqrt(np.maximum(y**2 @ fitted.weights[layer, head], 1e-30))
+    gain = np.exp2(np.clip(np.round(STEPS * np.log2(gain)), -128, 127) / STEPS)
+    return y / gain[:, None], gain
 
 
 def allocate(

@@ -54,16 +54,16 @@ def measured(
     """
     graph, state = nnx.split(decoder)
     layers = decoder.architecture.layers
+    pairs = tuple(zip(keys, values, strict=True))
     total = np.zeros((layers, 2))
     for index, row in enumerate(tokens):
         some = jnp.asarray(row, jnp.int32)
-        exact = _logits(graph, state, some, None, -1, True)
-        for layer in range(layers):
-            for half, quantizer in enumerate((keys[layer], values[layer])):
-                changed = _logits(graph, state, some, quantizer, layer, half == 0)
-                total[layer, half] += float(_divergence(exact, changed))
+        exact = _logits(graph, state, some, pairs, jnp.int32(-1))
+        for place in range(2 * layers):
+            changed = _logits(graph, state, some, pairs, jnp.int32(place))
+            total[place // 2, place % 2] += float(_divergence(exact, changed))
             if progress is not None:
-                progress(index * layers + layer + 1, len(tokens) * layers)
+                progress(2 * layers * index + place + 1, 2 * layers * len(tokens))
     return total / len(tokens)
 
 
@@ -71,23 +71,24 @@ def _run(
     graph: nnx.GraphDef,
     state: PyTree[Array],
     tokens: Int[Array, " tokens"],
-    quantizer: Quantizer | None,
-    where: int,
-    of_keys: bool,
+    pairs: tuple[tuple[Quantizer, Quantizer], ...],
+    where: Int[Array, ""],
 ) -> Float[Array, "tokens vocabulary"]:
+    """Compress the keys of layer `where` / 2, or, where it is odd, the values."""
     decoder: Decoder = nnx.merge(graph, state)
 
     def tap(layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        if quantizer is None or layer != where:
-            return q, k, v
-        coded = quantizer.quantize(jnp.swapaxes(k if of_keys else v, 1, 2))
-        x = jnp.swapaxes(quantizer.restore(quantizer.expand(coded)), 1, 2)
-        return (q, x.astype(k.dtype), v) if of_keys else (q, k, x.astype(v.dtype))
+        out = []
+        for half, (quantizer, x) in enumerate(zip(pairs[layer], (k, v), strict=True)):
+            coded = quantizer.quantize(jnp.swapaxes(x, 1, 2))
+            kept = jnp.swapaxes(quantizer.restore(quantizer.expand(coded)), 1, 2)
+            out.append(jnp.where(where == 2 * layer + half, kept.astype(x.dtype), x))
+        return q, out[0], out[1]
 
     return decoder(tokens[None], tap=tap)[0][0]
 
 
-_logits = jax.jit(_run, static_argnums=(0, 4, 5))
+_logits = jax.jit(_run, static_argnums=0)
 
 
 @jax.jit

@@ -1,12 +1,11 @@
 """What attention reads in a model, summed up over text: means, second moments, attention weights, and a few samples.
 
 `collect` runs rows of tokens through a decoder one after another inside one compiled step, so that the sums do not
-depend on how rows are batched, and adds them up in float64. `Statistics` can be saved, loaded and continued.
+depend on how rows are batched, and adds them up in float64.
 """
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,6 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from jaxquant.models.decoder import Decoder
 
@@ -41,12 +38,16 @@ class Statistics:
         key_moments: sum of k k^T, [layers, kv_heads, dim, dim].
         value_moments: sum of v v^T.
         query_moments: sum of q q^T.
-        weighted_queries: sum of q q^T times the query's importance.
+        weighted_queries: sum of q q^T times the query's importance and the scores' scale squared: what errors of keys
+            cost in the layer's output.
         weighted_values: sum of v v^T times the token's importance.
+        weighted_outputs: sum of W^T W times the tokens' importance: what errors of values cost in the layer's output.
         importance: sum of the tokens' importance, [layers, kv_heads].
         attention: weight that the first tokens of a row receive, summed over queries, [layers, kv_heads, positions].
         key_samples: some keys, [layers, kv_heads, samples, dim], float32.
         value_samples: some values, likewise.
+        query_samples: queries of the same tokens, those of all heads that read the kv head side by side,
+            [layers, kv_heads, samples, group, dim].
     """
 
     rows: int
@@ -58,17 +59,19 @@ class Statistics:
     query_moments: Float[np.ndarray, "layers kv_heads dim dim"]
     weighted_queries: Float[np.ndarray, "layers kv_heads dim dim"]
     weighted_values: Float[np.ndarray, "layers kv_heads dim dim"]
+    weighted_outputs: Float[np.ndarray, "layers kv_heads dim dim"]
     importance: Float[np.ndarray, "layers kv_heads"]
     attention: Float[np.ndarray, "layers kv_heads positions"]
     key_samples: Float[np.ndarray, "layers kv_heads samples dim"]
     value_samples: Float[np.ndarray, "layers kv_heads samples dim"]
+    query_samples: Float[np.ndarray, "layers kv_heads samples group dim"]
 
     def __add__(self, other: "Statistics") -> "Statistics":
         """Join statistics of different text; the samples are put side by side."""
         joined = {}
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name in ("key_samples", "value_samples"):
+            if field.name.endswith("_samples"):
                 joined[field.name] = np.concatenate([mine, theirs], axis=2)
             else:
                 joined[field.name] = mine + theirs
@@ -83,28 +86,6 @@ class Statistics:
     def value_covariance(self) -> Float[np.ndarray, "layers kv_heads dim dim"]:
         """Covariance of the values."""
         return _covariance(self.value_moments, self.values, self.tokens)
-
-    def save(self, path: Path) -> None:
-        """Write a safetensors file."""
-        arrays = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
-
-    @staticmethod
-    def load(path: Path) -> "Statistics":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file is damaged, or holds something else.
-        """
-        try:
-            arrays = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file: {error}") from None
-        wanted = {field.name for field in dataclasses.fields(Statistics)}
-        if arrays.keys() != wanted:
-            raise ValueError(f"{path}: holds {', '.join(sorted(arrays))}; statistics are {', '.join(sorted(wanted))}")
-        rows, tokens = (int(arrays.pop(name).reshape(-1)[0]) for name in ("rows", "tokens"))
-        return Statistics(rows=rows, tokens=tokens, **arrays)
 
 
 def collect(
@@ -122,7 +103,7 @@ def collect(
         decoder: the network.
         tokens: rows of token ids, each a text of its own.
         batch: rows of a compiled step; with more than one device, a multiple of their number is spread over them.
-        samples: keys and values of each kv head to keep, at regular distances, for the fit of codebooks.
+        samples: tokens whose keys, values and queries are kept, at regular distances, for the fit of codebooks.
         start: statistics of text that came before.
         progress: called with the rows done and all rows.
 
@@ -218,7 +199,7 @@ def _layer(
     gram = jnp.einsum("hgdn,hgen->hgde", output, output, precision="highest")
     seen_values = jnp.einsum("htd,hgde,hte->hgt", v, gram, v, precision="highest")  # |W v|^2
 
-    def block(first: Int[Array, ""]) -> tuple[Array, Array, Array]:
+    def block(first: Int[Array, ""]) -> tuple[Array, ...]:
         size = min(_QUERIES, length)
         place = jnp.minimum(first, length - size)
         part = lax.dynamic_slice_in_dim(q, place, size, axis=2)
@@ -235,12 +216,13 @@ def _layer(
         apart = seen_values[:, :, None] - 2 * jnp.einsum("hgqe,hte->hgqt", turned, v, precision="highest")
         apart += jnp.sum(turned * out, axis=-1)[..., None]
         squared = jnp.where(fresh, p * p, 0.0)
-        importance = jnp.sum(squared * jnp.maximum(apart, 0.0), axis=-1)
+        importance = jnp.sum(squared * jnp.maximum(apart, 0.0), axis=-1) * scale**2
         weighted = jnp.einsum("hgq,hgqd,hgqe->hde", importance, part, part, precision="highest")
-        return weighted, jnp.sum(squared, axis=(1, 2)), jnp.sum(jnp.where(fresh, p, 0.0), axis=(1, 2))
+        mass = jnp.sum(jnp.where(fresh, p, 0.0), axis=(1, 2))
+        return weighted, jnp.sum(squared, axis=(1, 2)), mass, jnp.sum(squared, axis=(2, 3))
 
     starts = jnp.arange(0, length, min(_QUERIES, length), dtype=jnp.int32)
-    weighted, token, mass = (jnp.sum(x, axis=0) for x in lax.map(block, starts))
+    weighted, token, mass, head = (jnp.sum(x, axis=0) for x in lax.map(block, starts))
     return {
         "keys": jnp.sum(k, axis=1),
         "values": jnp.sum(v, axis=1),
@@ -249,10 +231,12 @@ def _layer(
         "query_moments": jnp.einsum("hgtd,hgte->hde", q, q, precision="highest"),
         "weighted_queries": weighted,
         "weighted_values": jnp.einsum("ht,htd,hte->hde", token, v, v, precision="highest"),
+        "weighted_outputs": jnp.einsum("hg,hgde->hde", head, gram, precision="highest"),
         "importance": jnp.sum(token, axis=-1),
         "attention": jnp.pad(mass, ((0, 0), (0, max(0, _FIRST - length))))[:, :_FIRST],
         "key_samples": k[:, step // 2 :: step],
         "value_samples": v[:, step // 2 :: step],
+        "query_samples": jnp.swapaxes(q[:, :, step // 2 :: step], 1, 2),
     }
 
 

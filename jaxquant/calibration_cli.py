@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,7 +32,22 @@ def calibrate(
     layer_groups: Annotated[
         int | None, typer.Option(min=1, help="Runs of layers with one template each; default: one for each layer.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of pass keys and labels.")] = 0,
+    metric: Annotated[
+        Literal["information", "worst", "attention"],
+        typer.Option(
+            help="How errors count: by Fisher information, the same for the worst query, or attention's output."
+        ),
+    ] = "information",
+    allocation: Annotated[Literal["exact", "greedy"], typer.Option(help="How bits are shared out.")] = "exact",
+    head_types: Annotated[
+        int, typer.Option(min=0, help="Types of heads for which shared codebooks are searched; 0: none.")
+    ] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="Of gradient descent on what codes of keys decode to.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of pass keys, labels and searches.")] = 0,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="File for what is measured: a run that was interrupted, or has another budget, uses it."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for pictures; needs the extra `plot`.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -48,10 +63,14 @@ def calibrate(
     with _console.bar() as bar:
         step = _console.advance(bar)
         measured = make.measure(
-            found, ids, start=start, rows=rows, seq_len=seq_len, retrieval=retrieval, seed=seed, progress=step
-        )
-        candidates = make.candidates(measured, progress=step)
-        made = make.choose(found, measured, candidates, bits=bits, group=group, layer_groups=layer_groups)
+            found, ids, start=start, rows=rows, seq_len=seq_len, retrieval=retrieval, seed=seed, keep=keep,
+            progress=step,
+        )  # fmt: skip
+        candidates = make.candidates(measured, metric=metric, types=head_types, seed=seed, progress=step)
+        made = make.choose(
+            found, measured, candidates, bits=bits, group=group, layer_groups=layer_groups, method=allocation,
+            steps=steps,
+        )  # fmt: skip
         files.write(output, made)
         drawn = [] if report is None else pictures.write(report, candidates, made)
     summary = {
@@ -61,6 +80,7 @@ def calibrate(
         "key_bits": [8 * half.bytes_per_vector / half.dim for half in made.keys],
         "value_bits": [8 * half.bytes_per_vector / half.dim for half in made.values],
         "predicted_kl": made.setting["predicted_kl"],
+        **{name: made.setting[name] for name in ("shared_codebooks", "attention_kl") if name in made.setting},
         "tokens": measured.statistics.tokens,
         "seconds": time.perf_counter() - began,
     }

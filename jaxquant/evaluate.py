@@ -168,7 +168,11 @@ def _exact_tokens(cache: Cache, fed: int) -> int:
     if isinstance(cache, PipelineCache):
         return cache.exact_tokens
     assert isinstance(cache, KVCache)
-    lossy = [stack for stack in cache.stacks if not isinstance(stack.keys.quantizer, Exact)]
+    lossy = [
+        stack
+        for stack in cache.stacks
+        if not all(isinstance(store.quantizer, Exact) for store in (stack.keys, stack.values))
+    ]
     return min((stack.sinks + stack.window for stack in lossy), default=fed)
 
 

@@ -89,17 +89,24 @@ def test_statistics_equal_numpy(decoder, tokens):
     output = np.stack(kernels).reshape(LAYERS, KV_HEADS, group, DIM, 32)
     out = np.einsum("rlhgqt,rlhtd->rlhgqd", p, v)
     apart = np.einsum("rlhgqtd,lhgdn->rlhgqtn", v[:, :, :, None, None] - out[..., None, :], output)
-    importance = np.einsum("rlhgqt,rlhgqtn->rlhgq", p**2, apart**2)
+    importance = np.einsum("rlhgqt,rlhgqtn->rlhgq", p**2, apart**2) / DIM
     close(found.weighted_queries, np.einsum("rlhgq,rlhgqd,rlhgqe->lhde", importance, grouped, grouped), 1e-4)
     close(found.key_covariance[1, 0], np.cov(k[:, 1, 0].reshape(-1, DIM).T, bias=True))
     for wrong in (outer(v), found.key_moments[:, ::-1]):
         with pytest.raises(AssertionError):
             close(wrong, outer(k))
+    mass = (p**2).sum((0, 4, 5))
+    gram = np.einsum("lhgdn,lhgen->lhgde", output, output)
+    close(found.weighted_outputs, np.einsum("lhg,lhgde->lhde", mass, gram))
+    with pytest.raises(AssertionError):
+        close(found.weighted_outputs, np.einsum("lhg,lhgde->lhde", mass[:, :, ::-1], gram))
     assert found.key_samples.shape == (LAYERS, KV_HEADS, 5 * 8, DIM)
+    queries = np.moveaxis(grouped[..., 1::3, :], (0, 4), (2, 3))
+    close(found.query_samples, queries.reshape(LAYERS, KV_HEADS, -1, group, DIM))
     close(found.key_samples, np.moveaxis(k[:, :, :, 1::3], 0, 2).reshape(LAYERS, KV_HEADS, -1, DIM))
 
 
-def test_statistics_do_not_depend_on_batches_and_continue(decoder, tokens, tmp_path):
+def test_statistics_do_not_depend_on_batches_and_add_up(decoder, tokens):
     whole = statistics.collect(decoder, tokens, batch=5, samples=40)
     for batch in (1, 2):
         jax.tree.map(
@@ -109,17 +116,20 @@ def test_statistics_do_not_depend_on_batches_and_continue(decoder, tokens, tmp_p
         )
     done = []
     part = statistics.collect(decoder, tokens[:2], batch=1, progress=lambda *at: done.append(at), samples=16)
-    part.save(tmp_path / "part")
-    more = statistics.collect(
-        decoder, tokens[2:], batch=2, start=statistics.Statistics.load(tmp_path / "part"), samples=24
-    )
+    more = statistics.collect(decoder, tokens[2:], batch=2, start=part, samples=24)
     jax.tree.map(np.testing.assert_array_equal, vars(more), vars(whole))
     assert done == [(1, 2), (2, 2)]
     with pytest.raises(AssertionError):
         jax.tree.map(np.testing.assert_array_equal, vars(part), vars(whole))
-    (tmp_path / "bad").write_bytes((tmp_path / "part").read_bytes()[:-9])
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        statistics.Statistics.load(tmp_path / "bad")
+
+
+def test_information_does_not_depend_on_how_rows_are_split(decoder, tokens):
+    whole = fisher.collect(jax.random.key(0), decoder, tokens[:3])
+    parts = [fisher.collect(jax.random.key(0), decoder, tokens[row : row + 1], first=row) for row in range(3)]
+    close((parts[0] + parts[1] + parts[2]).keys, whole.keys, 1e-6)
+    again = [fisher.collect(jax.random.key(0), decoder, tokens[row : row + 1]) for row in range(3)]
+    with pytest.raises(AssertionError):
+        close((again[0] + again[1] + again[2]).keys, whole.keys, 1e-6)
 
 
 def test_gradients_equal_finite_differences(decoder, tokens, gradients):

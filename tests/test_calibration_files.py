@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from jaxquant import cli, models, quantizers
 from jaxquant.calibrate import absorb, files, make, pictures
+from jaxquant.calibrate.measured import Measured
 from jaxquant.models.loading import SMALL
 
 LAYERS, DIM = 3, 32
@@ -50,6 +51,68 @@ def found(measured):
 @pytest.fixture(scope="module")
 def made(model, measured, found):
     return make.choose(model, measured, found, bits=2.5)
+
+
+class Stopped(Exception):
+    """Somebody pulled the plug."""
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(model, measured, tmp_path):
+    ids = np.array(model.tokenizer.encode((SMALL / "held_out.txt").read_text(encoding="utf-8")[:20_000]))
+    kept, done = tmp_path / "kept", []
+
+    def progress(what, at, total):
+        done.append(at)
+        if done == [1, 2]:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        make.measure(model, ids, rows=4, seq_len=256, keep=kept, progress=progress)
+    again = make.measure(model, ids, rows=4, seq_len=256, keep=kept, progress=progress)
+    assert done == [1, 2, 3, 4], "rows that were measured are not measured again"
+    for field in dataclasses.fields(again.statistics):
+        np.testing.assert_array_equal(getattr(again.statistics, field.name), getattr(measured.statistics, field.name))
+    np.testing.assert_array_equal(again.fisher.keys, measured.fisher.keys)
+    np.testing.assert_array_equal(again.fisher.values, measured.fisher.values)
+    assert not np.array_equal(again.fisher.keys, again.fisher.values)
+    assert (again.text, again.identity) == (measured.text, measured.identity)
+    assert list(tmp_path.iterdir()) == [kept]
+
+    with pytest.raises(ValueError, match="another model, text or setting"):
+        make.measure(model, ids, rows=4, seq_len=256, keep=kept, seed=1)
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="damaged measurement"):
+        Measured.load(kept)
+    save_file({"x": np.zeros(1)}, kept)
+    with pytest.raises(ValueError, match="not a measurement"):
+        Measured.load(kept)
+    save_file({"x": np.zeros(1)}, kept, metadata={"jaxquant.measured": "{}"})
+    with pytest.raises(ValueError, match="damaged measurement"):
+        Measured.load(kept)
+
+
+def test_measurements_of_different_text_add_up(measured):
+    both = measured + dataclasses.replace(measured, text="other", identity="other")
+    assert both.statistics.tokens == both.fisher.tokens == 2 * measured.statistics.tokens
+    np.testing.assert_allclose(both.fisher.keys, measured.fisher.keys)
+    np.testing.assert_allclose(both.statistics.key_covariance, measured.statistics.key_covariance)
+    assert both.text == f"{measured.text}; other"
+
+
+def test_every_metric_and_search_makes_quantizers_of_one_budget(model, measured, found):
+    seen = {"information": found.keys.basis.worth}
+    for metric in ("worst", "attention"):
+        other = make.candidates(measured, metric=metric, types=2)
+        seen[metric] = other.keys.basis.worth
+        assert set(other.setting["shared_codebooks"]) == {"keys", "values"}
+        made = make.choose(model, measured, other, bits=2.5, steps=2, method="greedy")
+        assert made.bits <= 2.5
+        assert made.setting["metric"] == metric
+        before, after = made.setting["attention_kl"]
+        assert after <= before
+    assert not np.allclose(seen["worst"], seen["information"], rtol=1e-3)
+    assert not np.allclose(seen["attention"], seen["worst"], rtol=1e-3)
 
 
 def same(first, second):

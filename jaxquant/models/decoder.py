@@ -3,6 +3,7 @@
 Submodules carry the names of the tensors in Hugging Face folders, so that loading is a walk over the module.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,6 +21,9 @@ from jaxquant.protocols import Cache, Quantizer
 
 Tap = Callable[[int, Array, Array, Array], tuple[Array, Array, Array]]
 """Sees, and may replace, what attention reads: layer, queries, keys and values, [batch, new, heads, dim] each."""
+
+
+_QUERIES = 512  # attended at a time
 
 
 class Norm(nnx.Module):
@@ -50,6 +54,9 @@ def causal_attention(
 ) -> Float[Array, "batch tokens heads dim"]:
     """Attend without a cache, softmax in float32: what training and the uncompressed reference use.
 
+    Queries of long rows come in blocks, and a gradient computes their scores again, so that memory grows with the
+    tokens and not with their square.
+
     Args:
         q: queries.
         k: keys.
@@ -64,22 +71,33 @@ def causal_attention(
     """
     batch, tokens, heads, dim = q.shape
     grouped = q.reshape(batch, tokens, k.shape[2], heads // k.shape[2], dim)
-    scores = jnp.einsum("bqkgd,btkd->bkgqt", grouped, k, preferred_element_type=jnp.float32) * scale
-    query, key = jnp.arange(tokens)[:, None], jnp.arange(tokens)[None, :]
-    visible = (key <= query)[None]
-    if mask is not None:
-        # The window counts real tokens alone, as it does over a cache, which stores no padding.
-        rank = jnp.cumsum(mask, axis=1)
-        distance = rank[:, :, None] - rank[:, None, :]
-        visible = visible & mask[:, None, :]
-    else:
-        distance = (query - key)[None]
-    if window is not None:
-        visible = visible & (distance < window)
-    # A finite floor keeps rows of padding, which see nothing, free of NaN.
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgqt,btkd->bqkgd", weights, v).reshape(q.shape)
+    places = jnp.arange(tokens, dtype=jnp.int32)
+    # The window counts real tokens alone, as it does over a cache, which stores no padding.
+    rank = places[None] if mask is None else jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+
+    def attend(block: tuple[Array, Array]) -> Array:
+        part, place = block  # [batch, queries, ...], [queries]; what is beyond the last token is dropped again
+        scores = jnp.einsum("bqkgd,btkd->bkgqt", part, k, preferred_element_type=jnp.float32) * scale
+        visible = (places[None, :] <= place[:, None])[None]
+        if mask is not None:
+            visible = visible & mask[:, None, :]
+        if window is not None:
+            distance = jnp.take(rank, place, axis=1, mode="clip")[:, :, None] - rank[:, None, :]
+            visible = visible & (distance < window)
+        # A finite floor keeps rows of padding, which see nothing, free of NaN.
+        scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bkgqt,btkd->bqkgd", weights, v)
+
+    if tokens <= _QUERIES:
+        return attend((grouped, places)).reshape(q.shape)
+    blocks = -(-tokens // _QUERIES)
+    rest = blocks * _QUERIES - tokens
+    padded = jnp.pad(grouped, [(0, 0), (0, rest), (0, 0), (0, 0), (0, 0)])
+    parts = jnp.moveaxis(padded.reshape(batch, blocks, _QUERIES, *grouped.shape[2:]), 1, 0)
+    place = jnp.arange(blocks * _QUERIES, dtype=jnp.int32).reshape(blocks, _QUERIES)
+    out = jax.lax.map(jax.checkpoint(attend), (parts, place))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, dim)[:, :tokens]
 
 
 class Attention(nnx.Module):
@@ -211,9 +229,10 @@ class Decoder(nnx.Module):
         *,
         mask: Bool[Array, "batch new"] | None = None,
         tap: Tap | None = None,
+        recompute: bool = False,
     ) -> tuple[Float[Array, "batch new vocabulary"], Cache | None]:
         """Return the logits of every position; see `hidden` for the arguments."""
-        hidden, cache = self.hidden(tokens, cache, mask=mask, tap=tap)
+        hidden, cache = self.hidden(tokens, cache, mask=mask, tap=tap, recompute=recompute)
         return self.logits(hidden), cache
 
     def hidden(
@@ -223,6 +242,7 @@ class Decoder(nnx.Module):
         *,
         mask: Bool[Array, "batch new"] | None = None,
         tap: Tap | None = None,
+        recompute: bool = False,
     ) -> tuple[Float[Array, "batch new hidden"], Cache | None]:
         """Run the layers and the last norm, without the projection to the vocabulary.
 
@@ -232,6 +252,7 @@ class Decoder(nnx.Module):
             mask: False marks padding, left or right: it takes no position, is not stored and is not seen.
             tap: called in every layer with the queries, keys and values, after their rotation; what it returns is what
                 is stored and attended to. For calibration.
+            recompute: keep nothing but the input of each layer for a gradient, and run the layer again on the way back.
 
         Returns:
             Hidden states, and the extended cache.
@@ -245,7 +266,8 @@ class Decoder(nnx.Module):
             rank = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         positions = held[:, None] + rank
         for layer in self.layers:
-            x, cache = layer(x, positions, cache, mask, tap)
+            run = functools.partial(layer, positions=positions, mask=mask, tap=tap)
+            x, cache = (jax.checkpoint(run) if recompute else run)(x, cache=cache)
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "batch new hidden"]) -> Float[Array, "batch new vocabulary"]:
