@@ -70,4 +70,7 @@ def kv(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int) -> tuple[Dither
     return Dithered(dither=draws[0], bits=bits_k), Dithered(dither=draws[1], bits=bits_v)
 
 
-EXAMPLES = kv(jax.random.key(0), dim=64, bits_k=4, bits_v=3)
+EXAMPLES = (
+    lambda: kv(jax.random.key(0), dim=64, bits_k=4, bits_v=3)[0],
+    lambda: kv(jax.random.key(0), dim=64, bits_k=4, bits_v=3)[1],
+)

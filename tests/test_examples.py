@@ -34,7 +34,7 @@ def load(monkeypatch):
 def test_somebody_elses_method_keeps_the_contract(load):
     module = load("dithered")
     test_methods.check_module(module)
-    trial = test_methods.Trial(module.EXAMPLES[0])
+    trial = test_methods.Trial(module.EXAMPLES[0]())
     for check in test_methods.CHECKS:
         check(trial)
 

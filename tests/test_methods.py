@@ -30,7 +30,7 @@ NAMES = [f"{methods.__name__}.{found.name}" for found in pkgutil.iter_modules(me
 NAMES += os.environ.get("JAXQUANT_CONTRACT", "").split()
 MODULES = [importlib.import_module(name) for name in NAMES]
 EXAMPLES = {
-    f"{module.__name__.rpartition('.')[2]}-{i}": example
+    f"{module.__name__.rpartition('.')[2]}-{i}": example()
     for module in MODULES
     for i, example in enumerate(getattr(module, "EXAMPLES", ()))
 }
@@ -50,6 +50,7 @@ def check_module(module):
     assert named, "no arXiv id in the docstring, and no word that there is none"
     assert isinstance(getattr(module, "EXAMPLES", None), tuple), "no EXAMPLES tuple"
     assert module.EXAMPLES, "EXAMPLES is empty"
+    assert all(map(callable, module.EXAMPLES)), "EXAMPLES must be functions, so that an import computes nothing"
     own = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
     public = [f for f in own if not f.__name__.startswith("_")]
     assert all(f.__doc__ for f in public), "a function has no docstring"
@@ -298,7 +299,8 @@ def test_every_example_satisfies_a_protocol():
         ("Does something.\n\nReferences: somebody.", (1,), "no arXiv id"),
         ("Does something.\n\nReferences: arXiv:2504.19874.", None, "no EXAMPLES"),
         ("Does something.\n\nReferences: arXiv:2504.19874.", (), "EXAMPLES is empty"),
-        ("Does something.\n\nReferences: arXiv:2504.19874.", (1,), "no example in a docstring"),
+        ("Does something.\n\nReferences: arXiv:2504.19874.", (1,), "EXAMPLES must be functions"),
+        ("Does something.\n\nReferences: arXiv:2504.19874.", (lambda: 1,), "no example in a docstring"),
     ],
 )
 def test_a_module_that_breaks_the_contract_is_refused(doc, examples, message):

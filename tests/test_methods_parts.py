@@ -17,7 +17,7 @@ from jaxquant.pipeline import Pipeline
 from jaxquant.streams import Stream
 
 EXAMPLES = {
-    f"{found.name}-{i}": example
+    f"{found.name}-{i}": example()
     for found in pkgutil.iter_modules(methods.__path__)
     for i, example in enumerate(getattr(importlib.import_module(f"{methods.__name__}.{found.name}"), "EXAMPLES", ()))
 }

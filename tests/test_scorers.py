@@ -252,7 +252,7 @@ def test_exponents_of_maps_from_the_literature():
 
 
 def test_lyapunov_steers_by_growth():
-    monitor = lyapunov.EXAMPLES[0]
+    monitor = lyapunov.EXAMPLES[0]()
     state, threshold = observed(monitor, [1.0] * 12, [[3.0, 1.0], [0.0, 0.2]])
     assert float(state.growth[0, 0]) == pytest.approx(np.log(3), abs=0.05)
     assert threshold[-1] == pytest.approx(0.3)

@@ -136,7 +136,7 @@ def pipeline(
 
 
 EXAMPLES = (
-    BlockSalience(optimism=jnp.float32(1.0), decay=jnp.float32(0.9), size=2),
-    BlockSalience(optimism=jnp.float32(1.0), decay=jnp.float32(0.9), size=2, query_aware=False),
-    pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, size=2, block=4),
+    lambda: BlockSalience(optimism=jnp.float32(1.0), decay=jnp.float32(0.9), size=2),
+    lambda: BlockSalience(optimism=jnp.float32(1.0), decay=jnp.float32(0.9), size=2, query_aware=False),
+    lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, size=2, block=4),
 )

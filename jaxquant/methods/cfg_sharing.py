@@ -106,4 +106,4 @@ def gate(
     return lax.cond((state.cosine >= sharing.threshold) & (state.shared < sharing.steps), once, twice, x)
 
 
-EXAMPLES = (Sharing(threshold=jnp.float32(0.9), steps=jnp.int32(2)),)
+EXAMPLES = (lambda: Sharing(threshold=jnp.float32(0.9), steps=jnp.int32(2)),)

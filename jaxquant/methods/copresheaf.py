@@ -148,4 +148,6 @@ def _types(features: Float[np.ndarray, "heads features"], count: int) -> np.ndar
     return kinds
 
 
-EXAMPLES = (Typed(rotation=rotations.hadamard(jax.random.key(0), 64), levels=codebooks.lloyd_max(3).centroids, bits=3),)
+EXAMPLES = (
+    lambda: Typed(rotation=rotations.hadamard(jax.random.key(0), 64), levels=codebooks.lloyd_max(3).centroids, bits=3),
+)

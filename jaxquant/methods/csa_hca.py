@@ -140,4 +140,4 @@ def pipeline(
     return Pipeline(keys=keys, values=values, strategy=TwoLevel(fine=fine, top=top), block=block)
 
 
-EXAMPLES = (pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, fine=2, top=2, block=4),)
+EXAMPLES = (lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, fine=2, top=2, block=4),)

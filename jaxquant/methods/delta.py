@@ -89,6 +89,6 @@ def _predict(order: int, limit: float, keyframe: int) -> Predict:
 
 
 EXAMPLES = (
-    stream(jax.random.key(0), dim=64, bits=4),
-    pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, group=4),
+    lambda: stream(jax.random.key(0), dim=64, bits=4),
+    lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, group=4),
 )

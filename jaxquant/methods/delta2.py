@@ -42,6 +42,6 @@ def pipeline(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int, limit: fl
 
 
 EXAMPLES = (
-    stream(jax.random.key(0), dim=64, bits=4),
-    pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, group=4),
+    lambda: stream(jax.random.key(0), dim=64, bits=4),
+    lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, group=4),
 )

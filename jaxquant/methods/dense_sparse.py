@@ -117,4 +117,7 @@ def kv(
     return DenseSparse(dense=keys, count=count), DenseSparse(dense=values, count=count)
 
 
-EXAMPLES = kv(jax.random.key(0), dim=64, bits_k=3, bits_v=2, count=2)
+EXAMPLES = (
+    lambda: kv(jax.random.key(0), dim=64, bits_k=3, bits_v=2, count=2)[0],
+    lambda: kv(jax.random.key(0), dim=64, bits_k=3, bits_v=2, count=2)[1],
+)

@@ -133,7 +133,7 @@ def pipeline(
 
 
 EXAMPLES = (
-    Information(keys=jnp.ones((1, 2, 64)), values=jnp.ones((1, 2, 64))),
-    Proxy(decay=jnp.float32(0.8)),
-    pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
+    lambda: Information(keys=jnp.ones((1, 2, 64)), values=jnp.ones((1, 2, 64))),
+    lambda: Proxy(decay=jnp.float32(0.8)),
+    lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
 )

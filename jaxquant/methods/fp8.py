@@ -72,4 +72,4 @@ def kv(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int) -> tuple[Float8
     return Float8(dim=dim), Float8(dim=dim)
 
 
-EXAMPLES = (Float8(dim=64), Float8(dim=64, dtype="float8_e5m2"))
+EXAMPLES = (lambda: Float8(dim=64), lambda: Float8(dim=64, dtype="float8_e5m2"))

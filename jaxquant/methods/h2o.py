@@ -85,4 +85,7 @@ def pipeline(
     return Pipeline(keys=keys, values=values, strategy=Evict(keep=keep), scorer=scorer, block=block)
 
 
-EXAMPLES = (Mass(decay=jnp.float32(0.99)), pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4))
+EXAMPLES = (
+    lambda: Mass(decay=jnp.float32(0.99)),
+    lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
+)

@@ -134,4 +134,4 @@ def pipeline(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int, group: in
     )
 
 
-EXAMPLES = (PerToken(dim=64, bits=3), pipeline(jax.random.key(0), dim=64, bits_k=2, bits_v=2, group=8))
+EXAMPLES = (lambda: PerToken(dim=64, bits=3), lambda: pipeline(jax.random.key(0), dim=64, bits_k=2, bits_v=2, group=8))

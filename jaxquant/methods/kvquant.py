@@ -204,8 +204,11 @@ def _rows(x: Float[Array, "*heads dim"]) -> Float[Array, "*rows"]:
     return x[..., None, :] if x.ndim > 1 else x
 
 
-_LEVELS = codebooks.Codebook(centroids=codebooks.lloyd_max(4).centroids / 3)
+def _third() -> codebooks.Codebook:
+    return codebooks.Codebook(centroids=codebooks.lloyd_max(4).centroids / 3)
+
+
 EXAMPLES = (
-    Fitted(middle=jnp.full(64, 0.25), half=jnp.full(64, 3.0), levels=_LEVELS, dim=64, bits=4, outliers=2),
-    Fitted(middle=None, half=None, levels=_LEVELS, dim=64, bits=4, outliers=2),
+    lambda: Fitted(middle=jnp.full(64, 0.25), half=jnp.full(64, 3.0), levels=_third(), dim=64, bits=4, outliers=2),
+    lambda: Fitted(middle=None, half=None, levels=_third(), dim=64, bits=4, outliers=2),
 )

@@ -158,7 +158,7 @@ def pipeline(
 
 
 EXAMPLES = (
-    Lyapunov(above=jnp.float32(0.0), below=jnp.float32(-0.2), growing=jnp.float32(0.3), dying=jnp.float32(0.6),
+    lambda: Lyapunov(above=jnp.float32(0.0), below=jnp.float32(-0.2), growing=jnp.float32(0.3), dying=jnp.float32(0.6),
              memory=jnp.float32(4.0)),
-    pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
+    lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
 )  # fmt: skip

@@ -162,4 +162,4 @@ def _leader(codes: Int[Array, "*batch 8"], bits: int) -> Float[Array, "*batch 8"
     return point - 2.0**bits * nearest(point * 2.0**-bits)
 
 
-EXAMPLES = (lattice(jax.random.key(0), dim=64, bits=3),)
+EXAMPLES = (lambda: lattice(jax.random.key(0), dim=64, bits=3),)

@@ -73,5 +73,7 @@ def _half(key: PRNGKeyArray, moments: np.ndarray, bits: int, clip: float) -> tup
 
 
 EXAMPLES = (
-    uniform.asymmetric(dim=64, bits=4, rotation=spread(jax.random.key(0), np.diag(np.arange(1.0, 65.0))), clip=CLIP_K),
+    lambda: uniform.asymmetric(
+        dim=64, bits=4, rotation=spread(jax.random.key(0), np.diag(np.arange(1.0, 65.0))), clip=CLIP_K
+    ),
 )

@@ -104,6 +104,6 @@ def pipeline(
 
 
 EXAMPLES = (
-    Palm(probe=turboquant.mse(jax.random.key(1), dim=64, bits=2, fused=False), rate=jnp.float32(0.1)),
-    pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
+    lambda: Palm(probe=turboquant.mse(jax.random.key(1), dim=64, bits=2, fused=False), rate=jnp.float32(0.1)),
+    lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
 )

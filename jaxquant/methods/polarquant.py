@@ -240,4 +240,4 @@ def _middle(a: Array, b: Array) -> Array:
     return (a + b) / 2
 
 
-EXAMPLES = (polar(jax.random.key(0), dim=64, bits=3), paper(jax.random.key(0), dim=64))
+EXAMPLES = (lambda: polar(jax.random.key(0), dim=64, bits=3), lambda: paper(jax.random.key(0), dim=64))

@@ -109,6 +109,6 @@ def kv(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int) -> tuple[Signs,
 
 
 EXAMPLES = (
-    signs(jax.random.key(0), dim=64, bits=4),
-    signs(jax.random.key(0), dim=64, bits=4, rows="gaussian"),
+    lambda: signs(jax.random.key(0), dim=64, bits=4),
+    lambda: signs(jax.random.key(0), dim=64, bits=4, rows="gaussian"),
 )

@@ -48,4 +48,4 @@ def kv(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int) -> tuple[quanti
     return rotor(first, dim=dim, bits=bits_k), rotor(second, dim=dim, bits=bits_v)
 
 
-EXAMPLES = (rotor(jax.random.key(0), dim=64, bits=3),)
+EXAMPLES = (lambda: rotor(jax.random.key(0), dim=64, bits=3),)

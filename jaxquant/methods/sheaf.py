@@ -137,7 +137,7 @@ def pipeline(
 
 
 EXAMPLES = (
-    Sheaf(),
-    Sheaf(maps=jnp.broadcast_to(jnp.eye(64), (1, 2, 64, 64))),
-    pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
+    lambda: Sheaf(),
+    lambda: Sheaf(maps=jnp.broadcast_to(jnp.eye(64), (1, 2, 64, 64))),
+    lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
 )

@@ -86,4 +86,7 @@ def pipeline(
     return Pipeline(keys=keys, values=values, strategy=Evict(keep=keep), scorer=scorer, block=block)
 
 
-EXAMPLES = (Votes(observed=jnp.float32(8.0), pool=3), pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4))
+EXAMPLES = (
+    lambda: Votes(observed=jnp.float32(8.0), pool=3),
+    lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
+)

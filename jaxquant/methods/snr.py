@@ -100,4 +100,4 @@ def stream(key: PRNGKeyArray, *, dim: int, bits: int, steps: int = 50, threshold
     return Stream(quantizer=base.quantizer, strategy=base.strategy, scorer=scorer, threshold=jnp.float32(threshold))
 
 
-EXAMPLES = (Noise(snr=cosine(8)), stream(jax.random.key(0), dim=64, bits=4, steps=8))
+EXAMPLES = (lambda: Noise(snr=cosine(8)), lambda: stream(jax.random.key(0), dim=64, bits=4, steps=8))

@@ -105,6 +105,6 @@ def pipeline(
 
 
 EXAMPLES = (
-    Stability(tolerance=jnp.float32(0.1), fallen=jnp.float32(0.3), risen=jnp.float32(0.6), window=4, newest=1),
-    pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
+    lambda: Stability(tolerance=jnp.float32(0.1), fallen=jnp.float32(0.3), risen=jnp.float32(0.6), window=4, newest=1),
+    lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
 )

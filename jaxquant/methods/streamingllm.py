@@ -56,4 +56,4 @@ def pipeline(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int, keep: flo
     return Pipeline(keys=keys, values=values, strategy=Evict(keep=keep), scorer=Newest(), block=block)
 
 
-EXAMPLES = (Newest(), pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4))
+EXAMPLES = (lambda: Newest(), lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4))

@@ -249,6 +249,6 @@ def pipeline(
 
 
 EXAMPLES = (
-    nested(turboquant.mse(jax.random.key(0), dim=64, bits=4), base=2),
-    pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
+    lambda: nested(turboquant.mse(jax.random.key(0), dim=64, bits=4), base=2),
+    lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4),
 )

@@ -174,6 +174,6 @@ def _build(dim: int, bits: int, rotation: Rotation | None, clip: float, *, symme
 
 VARIANTS = {"symmetric": symmetric_kv, "Hadamard": rotated_kv}
 EXAMPLES = (
-    asymmetric(dim=64, bits=4),
-    symmetric(dim=64, bits=4, rotation=rotations.hadamard(jax.random.key(0), 64)),
+    lambda: asymmetric(dim=64, bits=4),
+    lambda: symmetric(dim=64, bits=4, rotation=rotations.hadamard(jax.random.key(0), 64)),
 )

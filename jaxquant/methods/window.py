@@ -122,4 +122,4 @@ def stream(key: PRNGKeyArray, *, dim: int, bits: int, share: float = 0.5, stalen
     return Stream(quantizer=quantizer, strategy=Window(share=share, staleness=staleness))
 
 
-EXAMPLES = (stream(jax.random.key(0), dim=64, bits=4, staleness=4),)
+EXAMPLES = (lambda: stream(jax.random.key(0), dim=64, bits=4, staleness=4),)
