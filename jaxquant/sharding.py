@@ -225,12 +225,13 @@ def _attend(layout: Layout, cache: KVCache, layer: int | None, arrays: dict[str,
     own = specs(layout, cache)
     prefill = "k" in arrays
     rows = layout.chunk if prefill else layout.queries
-    named = dict.fromkeys(("q", "k", "v"), rows) | dict.fromkeys(("mask", "visible"), PartitionSpec(layout.batch))
+    row = PartitionSpec(layout.batch)
+    named = {"q": rows, "k": rows, "v": rows, "mask": row, "visible": row}
 
     def local(cache: KVCache, arrays: dict[str, Any]) -> Any:
         index = arrays.pop("layer") if layer is None else layer
+        attend: Callable[..., Any] = attention.prefill_attention if prefill else attention.decode_attention
         given = [arrays.pop(name) for name in (("q", "k", "v") if prefill else ("q",))]
-        attend = attention.prefill_attention if prefill else attention.decode_attention
         return attend(*given, cache, index, **arrays, **dict(settings))
 
     outs = (rows, rows, own) if prefill else (rows, rows)

@@ -210,6 +210,7 @@ def test_quantizers_of_each_head_are_sharded_with_their_heads(layout, apiece):
     one, many = cache.init(*given, **sizes), sharding.init(layout, *given, **sizes)
     assert len(one.stacks) == 1
     q, k, v = tokens(0, 20)
+    want = ()
     for layer in range(LAYERS):
         one, many = cache.append(one, layer, k, v), sharding.append(layout, many, layer, k, v)
         want = attention.decode_attention(q[:, 0], one, layer)

@@ -13,7 +13,7 @@ class Work(NamedTuple):
     """Kernels or copies of one name: how many, and microseconds of all of them."""
 
     name: str
-    count: int
+    times: int
     microseconds: float
 
 
@@ -30,13 +30,13 @@ class Profile(NamedTuple):
 
     def copies_to_host(self) -> int:
         """Count the copies from device to host: each makes the host wait."""
-        return sum(each.count for each in self.work if "dtoh" in each.name.lower() or "d2h" in each.name.lower())
+        return sum(each.times for each in self.work if "dtoh" in each.name.lower() or "d2h" in each.name.lower())
 
     def show(self, steps: int, most: int = 14) -> None:
         """Print it, for each of `steps` steps."""
         print(f"  a step: {self.span / steps:,.1f} us, of them busy {self.busy / steps:,.1f}")
         for each in self.work[:most]:
-            print(f"  {each.microseconds / steps:>10,.1f} us{each.count / steps:>8,.1f} x  {each.name[:90]}")
+            print(f"  {each.microseconds / steps:>10,.1f} us{each.times / steps:>8,.1f} x  {each.name[:90]}")
 
 
 def profile(run: Callable[[], Any]) -> Profile:
