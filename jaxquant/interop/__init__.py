@@ -1,1 +1,1 @@
-"""Meet other frameworks where they are: one module each, which imports nothing but its own framework and jaxquant."""
+"""Other frameworks: one module for each, which imports it only when you import that module."""

@@ -6,6 +6,10 @@ Every cache continues the same prompt greedily with `model.generate`. Tokens a s
 step over all repeats, which take turns; prefill is the median time to the first logits; bytes are those of every
 distinct tensor storage that can be reached from the cache. `same` counts the leading tokens that agree with the JAX
 path over K4/V2 codes, and with the uncompressed cache.
+
+A quantizer is not continuous: a number next to a threshold gets another code after any rounding, which moves later
+layers by more than rounding, and so on. So the JAX path's own continuation is also read by torch, and the distance of
+the two logits is put beside that of torch from itself with its embedding moved by one part in a million.
 """
 
 import argparse
@@ -21,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 import transformers
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
@@ -60,12 +65,54 @@ def generated(model: Any, ids: torch.Tensor, cache: Cache, count: int) -> tuple[
     return out[0, ids.shape[1] :].tolist(), clock.times[0] - began, steps
 
 
-def jax_tokens(folder: Path, ids: list[int], count: int, quantizers: tuple[Any, Any], dtype: str) -> list[int]:
-    """Continue with the JAX decoder over its own cache."""
+def jax_path(
+    folder: Path, ids: list[int], count: int, quantizers: tuple[Any, Any], dtype: str
+) -> tuple[list[int], np.ndarray]:
+    """Continue with the JAX decoder over its own cache; give the tokens and the logits that chose them."""
     model = models.load(folder, dtype=jnp.dtype(dtype))
     keys, values = quantizers
-    held = model.decoder.init_cache(keys, values, batch=1, capacity=-(-(len(ids) + count) // 64) * 64, dtype=dtype)
-    return models.generate(None, model.decoder, held, [ids], max_tokens=count).tokens[0]
+
+    def cache() -> Any:
+        return model.decoder.init_cache(keys, values, batch=1, capacity=-(-(len(ids) + count) // 64) * 64, dtype=dtype)
+
+    tokens = models.generate(None, model.decoder, cache(), [ids], max_tokens=count).tokens[0]
+    read, held = model.decoder(jnp.asarray([ids], jnp.int32), cache())
+    more, _ = model.decoder(jnp.asarray([tokens], jnp.int32), held)
+    return tokens, np.asarray(jnp.concatenate([read[0, -1:], more[0, :-1]])).astype(np.float32)
+
+
+@torch.no_grad()
+def forced(model: Any, ids: torch.Tensor, tokens: list[int], cache: Cache) -> np.ndarray:
+    """Give the logits from which each of the tokens would be chosen."""
+    first = model(ids, past_key_values=cache).logits[0, -1:]
+    rest = model(torch.tensor([tokens], device=ids.device), past_key_values=cache).logits[0, :-1]
+    return torch.cat([first, rest]).float().cpu().numpy()
+
+
+def distances(model: Any, ids: torch.Tensor, tokens: list[int], of_jax: np.ndarray, pair: tuple[Any, Any]) -> None:
+    """Print how far torch is from JAX, and from itself."""
+    ways = {
+        "exact": lambda: DynamicCache(config=model.config),
+        "packed": lambda: CompressedCache(model.config, *pair),
+    }
+    found = {name: forced(model, ids, tokens, make()) for name, make in ways.items()}
+    weight = model.get_input_embeddings().weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1 + 1e-6 * torch.randn_like(weight, dtype=torch.float32).to(weight.dtype))
+    moved = {name: forced(model, ids, tokens, make()) for name, make in ways.items()}
+    with torch.no_grad():
+        weight.copy_(before)
+    same = int((found["packed"].argmax(-1) == of_jax.argmax(-1)).sum())
+    print(f"\nreading the JAX path's continuation: {same}/{len(tokens)} most probable tokens are the same; median over")
+    print("tokens of the largest difference of a logit:")
+    for name, (one, other) in {
+        "torch - JAX, K4/V2": (found["packed"], of_jax),
+        "torch - torch with an embedding moved by 1e-6, K4/V2": (found["packed"], moved["packed"]),
+        "torch - torch with an embedding moved by 1e-6, DynamicCache": (found["exact"], moved["exact"]),
+        "K4/V2 - DynamicCache": (found["packed"], found["exact"]),
+    }.items():
+        print(f"  {name:<60}{np.median(np.abs(one - other).max(-1)):.2e}", flush=True)
 
 
 def agreement(one: list[int], other: list[int]) -> int:
@@ -118,7 +165,10 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}",
         flush=True,
     )
-    reference = [] if options.without_jax else jax_tokens(options.model, row, options.new, pair, options.dtype)
+    reference: list[int] = []
+    if not options.without_jax:
+        reference, of_jax = jax_path(options.model, row, options.new, pair, options.dtype)
+        distances(model, ids, reference, of_jax, pair)
 
     found: dict[str, dict[str, Any]] = {}
     ways = caches(config, pair)
