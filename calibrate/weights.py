@@ -73,8 +73,10 @@ def decode(code: quantizers.Quantized, length: int, bits: int) -> Float[np.ndarr
 
 def pack(kernel: Float[np.ndarray, "inputs outputs"], bits: Int[np.ndarray, " vectors"], *, axis: int) -> Packed:
     """Code the vectors of a kernel along an axis, each in its own width."""
-    vectors = np.moveaxis(kernel, axis, 1)
-    codes = {width: encode(vectors[bits == width], width) for width in sorted(set(bits.tolist()) - {0})}
+    vectors, codes = np.moveaxis(kernel, axis, 1), {}
+    for width in sorted(set(bits.tolist()) - {0}):
+        whole = encode(vectors, width)  # of all vectors: one shape is compiled, however many have the width
+        codes[width] = jax.tree.map(lambda leaf, width=width: np.asarray(leaf)[bits == width], whole)
     return Packed(axis, bits.astype(np.uint8), codes)
 
 
@@ -82,11 +84,16 @@ def unpack(packed: Packed, shape: tuple[int, int]) -> Float[np.ndarray, "inputs 
     """Decode a kernel."""
     out = np.zeros((shape[1 - packed.axis], shape[packed.axis]), np.float32)
     for width, code in packed.codes.items():
-        out[packed.bits == width] = decode(code, out.shape[1], width)
+        chosen = packed.bits == width
+
+        def filled(leaf: Any) -> np.ndarray:
+            return np.concatenate([leaf, np.zeros((len(out) - len(leaf), *leaf.shape[1:]), leaf.dtype)])
+
+        out[chosen] = decode(jax.tree.map(filled, code), out.shape[1], width)[: chosen.sum()]
     return np.ascontiguousarray(np.moveaxis(out, 1, packed.axis))
 
 
-def allot(model: Model, bits: float) -> list[tuple[np.ndarray, np.ndarray]]:
+def allot(model: Model, bits: float | int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Choose the widths of every direction of the values, for the least error of all layers' outputs.
 
     Args:
@@ -118,7 +125,11 @@ def allot(model: Model, bits: float) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def compress(
-    model: Model, bits: float, *, everything: bool = False, progress: Callable[[int, int], object] = lambda *_: None
+    model: Model,
+    bits: float | int,
+    *,
+    everything: bool = False,
+    progress: Callable[[int, int], object] = lambda *_: None,
 ) -> tuple[Model, dict[str, Packed]]:
     """Put the weights of a model into codes.
 
@@ -137,7 +148,7 @@ def compress(
     if everything and (bits != round(bits) or not 1 <= bits <= 8):
         raise ValueError(f"bits must be a whole number from 1 to 8 where all layers are coded, got {bits}")
     graph, state = nnx.split(model.decoder)
-    decoder = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state), copy=True)
+    decoder = nnx.merge(graph, state)
     packed: dict[str, Packed] = {}
     for i, (layer, (values, outputs)) in enumerate(zip(decoder.layers, allot(model, bits), strict=True)):
         chosen: dict[tuple[str, str], tuple[np.ndarray, int]] = {
@@ -160,7 +171,7 @@ def compress(
     return dataclasses.replace(model, decoder=decoder), packed
 
 
-def cut(model: Model, bits: float) -> Model:
+def cut(model: Model, bits: float | int) -> Model:
     """Keep the best directions of every head in 16 bits and delete the rest: what `compress` is compared with.
 
     Args:
@@ -170,7 +181,7 @@ def cut(model: Model, bits: float) -> Model:
     a = model.architecture
     kept = round(a.dim * bits / 16)
     graph, state = nnx.split(model.decoder)
-    decoder = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state), copy=True)
+    decoder = nnx.merge(graph, state)
     for layer in decoder.layers:
         attention = layer.self_attn
         values, outputs = _kernels(layer)

@@ -134,7 +134,7 @@ def _unpacked(reader: v3.Reader, name: str, kernel: bool, shape: tuple[int, ...]
         count, pieces = int((bits == width).sum()), length // dim
         code = _expect(reader, f"{name}/{width}/codes", "uint8", (count, pieces, -(-dim * width // 8)))
         scales = _expect(reader, f"{name}/{width}/scales", "float16", (count, pieces))
-        codes[width] = Quantized(codes=jnp.asarray(code), scales=jnp.asarray(scales))
+        codes[width] = Quantized(codes=code, scales=scales)  # pyright: ignore[reportArgumentType]
     return weights.unpack(Packed(axes[name], bits, codes), (shape[0], shape[1]))
 
 
