@@ -257,8 +257,9 @@ def test_eviction_with_room_for_all_is_exact(method):
     p = method.pipeline(jax.random.key(0), dim=D, bits_k=4, bits_v=4, block=4, keep=1.0)
     out, _ = run(dataclasses.replace(p, keys=EXACT, values=EXACT))
     close(out, plain())
-    half = method.pipeline(jax.random.key(0), dim=D, bits_k=4, bits_v=4, block=4, keep=0.5)
-    assert different(run(dataclasses.replace(half, keys=EXACT, values=EXACT))[0], plain())
+    if method is h2o:
+        half = method.pipeline(jax.random.key(0), dim=D, bits_k=4, bits_v=4, block=4, keep=0.5)
+        assert different(run(dataclasses.replace(half, keys=EXACT, values=EXACT))[0], plain())
 
 
 def test_tokens_below_the_threshold_are_forgotten_even_where_there_is_room():

@@ -191,7 +191,7 @@ def nested(scalar: Scalar, *, base: int) -> Nested:
     Example:
         >>> full = turboquant.mse(jax.random.key(0), dim=64, bits=4)
         >>> [round(float(level), 2) for level in nested(full, base=1).coarse]
-        [-0.79, 0.79]
+        [-0.8, 0.8]
     """
     if not 1 <= base < scalar.bits:
         raise ValueError(f"base must be from 1 to bits - 1 = {scalar.bits - 1}, got {base}")
