@@ -24,6 +24,18 @@ from jaxquant import methods, pipeline
 from jaxquant.pipeline import Pipeline
 
 FUNCTIONS = ("kv", "pipeline", "fit")
+_HEAD = """# Methods
+
+Every file of `jaxquant/methods`, in the words of its own docstring, as `jaxquant methods --markdown` prints it.
+
+Bytes are those of a key and a value of 128 coordinates in a cache, for one kv head, with everything that is held;
+pipelines are counted at a capacity of 1,024 tokens. Encoding and decoding are floating-point operations for each
+coordinate, as XLA counts them before it optimizes; sines and logarithms, which PolarQuant needs, are not among them,
+nor is what is paid once a query. [Measured side by side](methods-compared.md) they are elsewhere.
+
+A method with `kv` or `pipeline` builds for any model, one with `fit` from statistics of the model:
+`jaxquant eval --method NAME` does either.
+"""
 _DIM, _CAPACITY, _TOKENS = 128, 1024, 64
 
 
@@ -35,6 +47,7 @@ class Method(NamedTuple):
         summary: its first line.
         source: authors, title and arXiv id.
         differs: from the source.
+        text: all that the file says of itself.
         builders: for each setting, "" for the usual one, a function that builds it.
     """
 
@@ -42,6 +55,7 @@ class Method(NamedTuple):
     summary: str
     source: str
     differs: str
+    text: str
     builders: dict[str, Callable[..., Any]]
 
 
@@ -131,6 +145,29 @@ def cost(builder: Callable[..., Any], *, dim: int = _DIM, bits: int = 4) -> Cost
     return Cost(bits=bits, bytes_per_token=held, encode=float(encode), decode=float(decode))
 
 
+def page() -> str:
+    """Write a page about every file, in Markdown; `jaxquant methods --markdown` prints it.
+
+    Example:
+        >>> page().splitlines()[0]
+        '# Methods'
+    """
+    found = entries().values()
+    table = [
+        "| method | bytes per token | encode | decode | built by |",
+        "|---|---|---|---|---|",
+    ]
+    sections = []
+    for entry in found:
+        for variant, builder in entry.builders.items():
+            counted = cost(builder)
+            name = f"[{entry.name}](#{entry.name})" + (f", {variant}" if variant else "")
+            size = f"{counted.bytes_per_token:.1f} at {counted.bits} bits"
+            table.append(f"| {name} | {size} | {counted.encode:.0f} | {counted.decode:.0f} | `{builder.__name__}` |")
+        sections += [f"## {entry.name}", "", _plain(entry.text), ""]
+    return "\n".join([_HEAD, *table, "", *sections]).rstrip() + "\n"
+
+
 def read(name: str, module: ModuleType) -> Method:
     """Read one file, of `jaxquant.methods` or from elsewhere."""
     text = inspect.getdoc(module) or ""
@@ -139,9 +176,16 @@ def read(name: str, module: ModuleType) -> Method:
         name=name,
         summary=text.partition("\n")[0],
         source=_section(text, "References:"),
-        differs=_section(text, "Differs from the paper:"),
+        differs=_section(text, "Differs from the paper"),
+        text=text,
         builders=dict(zip(("",), usual, strict=False)) | getattr(module, "VARIANTS", {}),
     )
+
+
+def _plain(text: str) -> str:
+    """Take the indentation off the sources, which Markdown would print as code."""
+    before, title, after = text.partition("References:\n")
+    return before + title + re.sub(r"^    ", "", after, flags=re.MULTILINE)
 
 
 def _section(text: str, title: str) -> str:

@@ -63,10 +63,15 @@ def info(as_json: Json = False) -> None:
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
+def methods(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/methods.md.")] = False,
+) -> None:
     """List the methods, one file each, with their sources and what they cost."""
     from jaxquant import catalogue
 
+    if markdown:
+        return print(catalogue.page(), end="")
     report = {}
     with _console.bar() as bar:
         for entry in bar.track(list(catalogue.entries().values()), description="counting"):

@@ -1,14 +1,17 @@
 """The command as users run it: every verb, its JSON, its exit status and its errors."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from jaxquant import cli
+from jaxquant.methods import uniform
 from jaxquant.models.loading import SMALL
 
 SHORT = ["--rows", "1", "--seq-len", "96"]
@@ -32,7 +35,43 @@ def test_info_and_methods(run):
     listed = json.loads(run("methods", "--json").stdout)
     assert "2504.19874" in listed["turboquant"]["source"]
     assert listed["turboquant"]["caches"]
+    assert listed["turboquant"]["cost"]["bytes_per_token"] == 2 * (128 * 4 / 8 + 2)
+    assert set(listed["uniform"]["variants"]) == {"symmetric", "Hadamard"}
+    for name, entry in listed.items():
+        assert entry["source"], name
+        if entry["caches"]:
+            assert entry["cost"]["bytes_per_token"] > 0, name
+            assert entry["cost"]["encode"] > 0, name
+            assert entry["cost"]["decode"] > 0, name
+    assert set(listed) == set(report["methods"])
     assert "turboquant" in run("methods").stdout
+
+
+def test_the_page_of_methods_is_up_to_date(run):
+    def comparable(page):
+        """All but the counted operations, which belong to a version of XLA."""
+        return re.sub(r"^(\| \[.*? bits) \| \d+ \| \d+ ", r"\1", page, flags=re.MULTILINE)
+
+    written = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert comparable(written) == comparable(run("methods", "--markdown").stdout), "jaxquant methods --markdown"
+    assert comparable(written) != comparable(written.replace("132.0", "133.0"))
+
+
+def test_a_method_that_asks_for_statistics_and_an_object_are_evaluated(run):
+    fitted = json.loads(run("eval", "--method", "oscar", "--bits-k", "3", "--bits-v", "3", *SHORT, "--json").stdout)
+    assert fitted["compressed"]["bytes_per_token"] == 2 * (64 * 3 / 8 + 4)
+    assert fitted["compressed"]["kl"] > 0
+    report = json.loads(run("eval", "--method", "test_cli:OBJECT", *SHORT, "--json").stdout)
+    assert report["compressed"]["bytes_per_token"] == 2 * (64 * 5 / 8 + 4)
+    with pytest.raises(ValueError, match="asks for weather"):
+        run("eval", "--method", "test_cli:asking_too_much", *SHORT)
+
+
+OBJECT = uniform.asymmetric(dim=64, bits=5)
+
+
+def asking_too_much(key, *, bits_k, bits_v, weather):
+    raise AssertionError
 
 
 def test_benchmark_reports_error_between_the_bounds(run):

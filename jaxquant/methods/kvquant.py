@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
 from jaxquant import codebooks, packing, quantizers
 from jaxquant._pytree import pytree, static
@@ -173,16 +173,21 @@ def fit(
         weights = np.diagonal(query_moments[layer], axis1=-2, axis2=-1) * half**2
         weights = np.broadcast_to(weights[:, None], key_samples[layer].shape)
         y = (key_samples[layer] - middle[:, None]) / half[:, None]
-        levels = codebooks.fitted(y.ravel(), weights.ravel(), bits=bits_k)
+        levels = codebooks.fitted(y.ravel(), (weights * _usual(y, outliers)).ravel(), bits=bits_k)
         channels = {"middle": jnp.asarray(middle, jnp.float32), "half": jnp.asarray(half, jnp.float32)}
         keys.append(Fitted(**channels, levels=levels, dim=dim, bits=bits_k, outliers=outliers))
         x = jnp.asarray(value_samples[layer], jnp.float32)
         low, high = (np.asarray(end)[..., None] for end in _range(x, outliers))
         half = np.maximum((high - low) / 2, 1e-6)
         y = (value_samples[layer] - (low + high) / 2) / half
-        levels = codebooks.fitted(y.ravel(), np.broadcast_to(half**2, y.shape).ravel(), bits=bits_v)
+        levels = codebooks.fitted(y.ravel(), (half**2 * _usual(y, outliers)).ravel(), bits=bits_v)
         values.append(Fitted(middle=None, half=None, levels=levels, dim=dim, bits=bits_v, outliers=outliers))
     return tuple(keys), tuple(values)
+
+
+def _usual(y: Float[np.ndarray, "*batch dim"], outliers: int) -> Bool[np.ndarray, "*batch dim"]:
+    """Mark all coordinates but the `outliers` farthest out, which corrections will take care of."""
+    return np.abs(y) <= -np.partition(-np.abs(y), outliers, axis=-1)[..., [outliers]]
 
 
 def _range(x: Float[Array, "*batch dim"], outliers: int) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:

@@ -5,9 +5,10 @@ Hadamard transform spreads each over all coordinates, so that no coordinate carr
 what outputs sum, than another. Codes are asymmetric integers over a range that is cut a little at both ends.
 
 References:
-    "OSCAR", arXiv:2605.17757 (rotations, clipping .96 for keys and .92 for values, sinks and a recent window exact).
+    Z. Zhou, D. Zhuang, J. Li, Z. Chen, S. L. Song, B. Athiwaratkun, X. Wu, "OSCAR: Offline spectral covariance-aware
+    rotation for 2-bit KV cache quantization", arXiv:2605.17757 (rotations; clipping .96 for keys and .92 for values).
 
-Differs from the paper: known here from its abstract and secondary notes, not from its text; no bit-reversal
+Differs from the paper: built from its abstract and from notes about it, not from its text; no bit-reversal
 permutation, which only matters with more than one range a vector; the clipping is a share of the range; one range a
 vector; the rotation of values stays in the quantizer (`calibrate.absorb` can move one into a model's weights).
 """

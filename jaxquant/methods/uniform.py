@@ -5,8 +5,9 @@ rotation is passed; with a Hadamard transform this is the scheme that serving sy
 
 References:
     B. Jacob, S. Kligys, B. Chen, M. Zhu, M. Tang, A. Howard, H. Adam, D. Kalenichenko, "Quantization and training of
-    neural networks for efficient integer-arithmetic-only inference", arXiv:1712.05877, s. 2.1; "SAW-INT4",
-    arXiv:2604.19157 (per token, after a block-diagonal Hadamard transform).
+    neural networks for efficient integer-arithmetic-only inference", arXiv:1712.05877, s. 2.1; J. Jia et al.,
+    "SAW-INT4: System-aware 4-bit KV-cache quantization for real-world LLM serving", arXiv:2604.19157 (per token, after
+    a block-diagonal Hadamard transform).
 
 Differs from the paper: one range a vector (a token of one head) instead of one a tensor; the smallest number is stored
 as a float, so that 0 is not always a level; numbers are coded against the stored, rounded range, which therefore costs
