@@ -121,6 +121,7 @@ def test_queries_may_be_split_over_calls(name):
         state, now, first = scorer.init(B, H, D), scores, 0
         for size in cuts:
             part = slice(first, first + size)
+            assert isinstance(scorer, protocols.AttentiveScorer)
             state, now = scorer.attend(state, now, weights[:, :, part], queries[:, :, part], valid[:, part])
             first += size
         return state, now
