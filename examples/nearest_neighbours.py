@@ -113,6 +113,7 @@ def compare(name: str, x: Float[np.ndarray, "size dim"], queries: int, widths: t
             "data": name, "dim": dim, "base": len(base), "queries": len(asked), "method": method,
             "bytes_per_vector": bytes_, **recall, "index_seconds": indexing, "search_seconds": seconds,
         })  # fmt: skip
+        print(line(rows[-1]), file=sys.stderr, flush=True)
 
     scan = jax.jit(lambda asked, base: lax.top_k(asked @ base.T, BEST)[1])
     held = jnp.asarray(base), jnp.asarray(asked)
@@ -141,6 +142,14 @@ def compare(name: str, x: Float[np.ndarray, "size dim"], queries: int, widths: t
     return rows
 
 
+def line(row: dict[str, Any]) -> str:
+    """Write a row of the table."""
+    return (
+        f"| {row['data']} | {row['method']} | {row['bytes_per_vector']:.0f} | {row['recall_1@1']:.1%} | "
+        f"{row['recall_1@10']:.1%} | {row['index_seconds']:.2f} | {row['search_seconds']:.3f} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=int, default=10_000)
@@ -164,8 +173,7 @@ def main() -> None:
     print("| data | method | bytes per vector | recall 1@1 | recall 1@10 | indexing, s | search, s |")
     print("|---|---|---|---|---|---|---|")
     for r in rows:
-        print(f"| {r['data']} | {r['method']} | {r['bytes_per_vector']:.0f} | {r['recall_1@1']:.1%} | "
-              f"{r['recall_1@10']:.1%} | {r['index_seconds']:.2f} | {r['search_seconds']:.3f} |")  # fmt: skip
+        print(line(r))
 
 
 if __name__ == "__main__":

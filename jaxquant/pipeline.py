@@ -195,7 +195,7 @@ def init(
         >>> k, v = turboquant.kv(jax.random.key(0), dim=128, bits_k=4, bits_v=2)
         >>> c = init(Pipeline(keys=k, values=v, block=16), layers=2, batch=1, kv_heads=8, capacity=1024)
         >>> round(c.bytes_per_token - 100)
-        7
+        6
     """
     sizes = {"layers": layers, "batch": batch, "kv_heads": kv_heads, "capacity": capacity, "block": pipeline.block}
     for name, size in sizes.items():

@@ -36,7 +36,9 @@ EXAMPLES = {
 }
 QUANTIZERS = {name: example for name, example in EXAMPLES.items() if isinstance(example, protocols.Quantizer)}
 PROTOCOLS = [
-    kind for kind in vars(protocols).values() if inspect.isclass(kind) and getattr(kind, "_is_protocol", False)
+    kind
+    for kind in vars(protocols).values()
+    if inspect.isclass(kind) and getattr(kind, "_is_protocol", False) and kind.__module__ == protocols.__name__
 ]
 EPS = float(np.finfo(np.float32).eps)
 LEAD = (2, 5)

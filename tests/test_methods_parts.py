@@ -121,6 +121,7 @@ def test_queries_may_be_split_over_calls(name):
         state, now, first = scorer.init(B, H, D), scores, 0
         for size in cuts:
             part = slice(first, first + size)
+            assert isinstance(scorer, protocols.AttentiveScorer)
             state, now = scorer.attend(state, now, weights[:, :, part], queries[:, :, part], valid[:, part])
             first += size
         return state, now
@@ -236,7 +237,7 @@ def test_pipeline_stores_codes_alone(name):
     assert held.nbytes == counted + spare
 
 
-@pytest.mark.parametrize("name", ["h2o-1", "kivi-1", "tiered-1"])
+@pytest.mark.parametrize("name", ["h2o-1", "kivi-1", "tiered-0"])
 def test_pipeline_maps_over_rows_and_takes_bfloat16(name):
     example = PIPELINES[name]
     q, k, v = (x.astype(jnp.bfloat16) for x in tokens())

@@ -137,6 +137,17 @@ def test_polar_levels_are_a_maximum_and_symmetric():
                 assert expected_cosine(number, np.sort(levels + step * (np.arange(len(levels)) == i))) < cosine
 
 
+@pytest.mark.parametrize("shift", [-0.7, 0.7])
+def test_levels_of_the_circle_may_be_anywhere_on_it(shift):
+    """Around the seam, the nearest level is the first one again."""
+    usual = polarquant.build(jax.random.key(0), dim=2, widths=(2,))
+    quantizer = polarquant.Polar(rotation=usual.rotation, angles=(usual.angles[0] + shift,), widths=(2,))
+    angles = jnp.linspace(-3.1, 3.1, 200)
+    y = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    found = quantizer.project(quantizers.dequantize(quantizer, quantizers.quantize(quantizer, quantizer.restore(y))))
+    assert np.sum(np.asarray(found * y), axis=-1).min() > math.cos(math.pi / 4) - 2e-3
+
+
 def test_the_papers_setting_costs_what_the_paper_says():
     code = quantizers.quantize(polarquant.paper(jax.random.key(0), dim=128), jnp.ones(128))
     assert code.nbytes * 8 / 128 == 3.875

@@ -257,8 +257,9 @@ def test_eviction_with_room_for_all_is_exact(method):
     p = method.pipeline(jax.random.key(0), dim=D, bits_k=4, bits_v=4, block=4, keep=1.0)
     out, _ = run(dataclasses.replace(p, keys=EXACT, values=EXACT))
     close(out, plain())
-    half = method.pipeline(jax.random.key(0), dim=D, bits_k=4, bits_v=4, block=4, keep=0.5)
-    assert different(run(dataclasses.replace(half, keys=EXACT, values=EXACT))[0], plain())
+    if method is h2o:
+        half = method.pipeline(jax.random.key(0), dim=D, bits_k=4, bits_v=4, block=4, keep=0.5)
+        assert different(run(dataclasses.replace(half, keys=EXACT, values=EXACT))[0], plain())
 
 
 def test_tokens_below_the_threshold_are_forgotten_even_where_there_is_room():
@@ -394,15 +395,19 @@ def test_the_entropy_a_monitor_sees_is_that_of_the_weights():
             return state, threshold
 
     p = Pipeline(keys=EXACT, values=EXACT, monitor=Recorder(), block=4)
-    run(p, (4,), Q[:, :4], K[:, :4], V[:, :4])
+    run(p, (4, 4), Q[:, :8], K[:, :8], V[:, :8])
     jax.effects_barrier()
     q, k = np.asarray(Q, np.float64), np.asarray(K, np.float64)
-    each = []
-    for t in range(4):
-        for head in range(H * G):
-            weights = softmax(np.einsum("bd,btd->bt", q[:, t, head], k[:, : t + 1, head // G]) / D**0.5)
-            each.append(-(weights * np.log(weights)).sum(-1))
-    close(seen[0], np.mean(each, axis=0))
+    means = []
+    for block in (range(4), range(4, 8)):  # what was seen before is forgotten once a block is complete
+        each = []
+        for t in block:
+            for head in range(H * G):
+                weights = softmax(np.einsum("bd,btd->bt", q[:, t, head], k[:, : t + 1, head // G]) / D**0.5)
+                each.append(-(weights * np.log(weights)).sum(-1))
+        means.append(np.mean(each, axis=0))
+    told = [entropy for entropy in seen if entropy.any()]  # steps without tokens see nothing
+    close(told, means)
 
 
 # --- through the models

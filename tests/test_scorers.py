@@ -400,7 +400,7 @@ def test_shared_guidance_does_half_the_work():
     x = jax.random.normal(jax.random.key(1), (2, 3, 32, 64))
 
     def flops(function):
-        return jax.jit(function).lower(x).compile().cost_analysis()["flops"]
+        return jax.jit(function).lower(x).compile().cost_analysis()["flops"]  # pyright: ignore[reportOptionalSubscript]
 
     assert flops(lambda x: cfg_sharing.share(block, x)) == pytest.approx(0.5 * flops(block), rel=0.02)
     out = cfg_sharing.share(block, x)

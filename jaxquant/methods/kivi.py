@@ -41,6 +41,11 @@ class Affine:
     step: Float16[Array, "*batch groups channels"]
     offset: Float16[Array, "*batch groups channels"]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, everything included."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
 
 @pytree
 class PerToken:

@@ -97,8 +97,8 @@ def aligned(x: Float[Array, "*batch tokens dim"], *, grid: tuple[int, ...] | Non
     Example:
         >>> turn = jnp.array([[0.0, -1.0], [1.0, 0.0]])
         >>> x = jnp.stack([jnp.array([1.0, 2.0]), turn @ jnp.array([1.0, 2.0])])
-        >>> sheaf = aligned(x)
-        >>> bool(sheaf.score(sheaf.init(1, 1, 2), x[None, None], None)[1].max() < 1e-6)
+        >>> sheaf, ctx = aligned(x), Context(layer=jnp.int32(0), step=jnp.zeros(1, jnp.int32))
+        >>> bool(sheaf.score(sheaf.init(1, 1, 2), x[None, None], ctx)[1].max() < 1e-6)
         True
     """
     shape = (x.shape[-2],) if grid is None else grid
