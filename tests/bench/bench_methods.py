@@ -7,6 +7,8 @@ so an interrupted run goes on where it stopped. Text, pass keys and calibration 
 
 "KL at these bytes" divides a row's KL by that of TurboQuant at as many bytes per token, between whose rows log KL is
 linear in bytes: below 1 is better than TurboQuant, and methods whose side information differs in size can be compared.
+Encode and decode are floating-point operations a coordinate, as XLA counts them; --json has times beside them, as
+multiples of one product with a dim x dim matrix, which need an idle machine.
 """
 
 import argparse
@@ -60,7 +62,13 @@ def main() -> None:
             if options.out:
                 options.out.write_text(json.dumps(done, indent=1))
         print(f"[{i + 1}/{len(work)}] {label}: {brief(done[label])}", file=sys.stderr, flush=True)
-    rows = [done[f"{name}, {bits} bits, {held.name}"] for name, _, bits in work]
+    rows = []
+    for name, builder, bits in work:
+        row = done[f"{name}, {bits} bits, {held.name}"]
+        if "kl" in row:
+            counted = catalogue.cost(builder, dim=model.architecture.dim, bits=bits)
+            row |= {"encode_operations": counted.encode, "decode_operations": counted.decode}
+        rows.append(row)
     compare(rows)
     if options.json:
         print(json.dumps(rows, indent=2))
@@ -126,8 +134,8 @@ class Text:
             "baseline_pass_keys": float(hits[0].mean()),
             "pass_keys": float(hits[1].mean()),
             "answers": int(self.answers.sum()),
-            "encode": encode,
-            "decode": decode,
+            "encode_time": encode,
+            "decode_time": decode,
         }
 
 
@@ -179,7 +187,7 @@ def table(rows: list[dict[str, Any]], name: str) -> str:
         lines.append(
             f"| {row['bits']} | {row['method']} | {row['bytes_per_token']:.1f} | {row['perplexity']:.3f} | "
             f"{row['kl']:.4f} | {row['kl_ratio']:.2f} | {row['top1']:.1%} | {row['pass_keys']:.1%} | "
-            f"{row['encode']:.1f} | {row['decode']:.1f} |"
+            f"{row['encode_operations']:.0f} | {row['decode_operations']:.0f} |"
         )
     refused = sorted({row["method"] for row in rows if "refused" in row})
     if refused:
