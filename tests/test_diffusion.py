@@ -32,12 +32,18 @@ def without_type_checker():
 @functools.cache
 def network():
     """A random network whose every part matters: its zero-initialised output would hide all others."""
-    model = dit.DiT(side=SIDE, classes=CLASSES, hidden=HIDDEN, heads=HEADS, layers=LAYERS, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(tree, noisy))
+
+    def build(key):
+        return dit.DiT(side=SIDE, classes=CLASSES, hidden=HIDDEN, heads=HEADS, layers=LAYERS, rngs=nnx.Rngs(key))
+
+    @jax.jit
+    def weights(key):
+        leaves, tree = jax.tree.flatten(nnx.state(build(key)))
+        keys = jax.random.split(key, len(leaves))
+        noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, noisy)
+
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: build(jax.random.key(0)))), weights(jax.random.key(1)))
 
 
 def inputs(rows=2):
