@@ -9,6 +9,7 @@ import numpy as np
 from jaxquant.calibrate.files import Calibration
 from jaxquant.calibrate.fit import Fitted
 from jaxquant.calibrate.make import Candidates
+from jaxquant.calibrate.tradeoff import Losses, Point
 from jaxquant.mixed import Mixed
 
 _NAMED = 10  # layers that a legend has room for
@@ -24,13 +25,15 @@ def check() -> None:
         raise RuntimeError('pictures need matplotlib: pip install "jaxquant[plot]"')
 
 
-def write(folder: Path, found: Candidates, made: Calibration) -> list[Path]:
-    """Draw the worth of every coordinate, the bits of every layer, and what each layer is predicted to lose.
+def write(folder: Path, found: Candidates, made: Calibration, lost: Losses, points: list[Point]) -> list[Path]:
+    """Draw the worth of every coordinate, the bits of every layer and head, what each layer loses, and other methods.
 
     Args:
         folder: is made where it is missing.
         found: what keys and values could be coded with.
         made: what was chosen.
+        lost: what each layer loses, predicted and measured.
+        points: of all methods.
 
     Returns:
         The files, PNG.
@@ -52,7 +55,44 @@ def write(folder: Path, found: Candidates, made: Calibration) -> list[Path]:
             picture(axis, fitted, quantizers)
         files.append(folder / f"{name}.png")
         figure.savefig(files[-1], dpi=120)
+    for name, picture, data in (("losses", _losses, lost), ("methods", _methods, points)):
+        figure = Figure(figsize=(12, 4), layout="constrained")
+        picture(figure.subplots(1, 2), data)
+        files.append(folder / f"{name}.png")
+        figure.savefig(files[-1], dpi=120)
     return files
+
+
+def _losses(axes: Any, lost: Losses) -> None:
+    for axis, half, name in zip(axes, (0, 1), ("keys", "values"), strict=True):
+        x, y = lost.predicted[:, half], np.maximum(lost.measured[:, half], 1e-9)
+        axis.loglog(x, y, "o", markersize=5)
+        ends = np.array([min(x.min(), y.min()), max(x.max(), y.max())])
+        axis.loglog(ends, ends, linewidth=0.8, color="gray", label="equal")
+        for layer, place in enumerate(zip(x, y, strict=True)):
+            axis.annotate(str(layer), place, xytext=(5, 3), textcoords="offset points", fontsize=8)
+        axis.set_title(f"{name}, one layer at a time")
+        axis.set_xlabel("predicted from the information")
+        axis.set_ylabel("measured KL divergence, nats a token")
+        axis.legend(fontsize=8)
+
+
+def _methods(axes: Any, points: list[Point]) -> None:
+    base, *others = points
+    for axis, label in zip(axes, ("perplexity", "kl"), strict=True):
+        for method in dict.fromkeys(point.method for point in others):
+            some = sorted(point for point in others if point.method == method)
+            axis.plot([point.bits for point in some], [getattr(point, label) for point in some], "o-", label=method)
+        axis.set_yscale("log")
+        axis.set_xlabel("bits of a coordinate, everything that is held")
+        axis.legend(fontsize=8)
+    axes[0].axhline(base.perplexity, color="gray", linewidth=0.8)
+    axes[0].annotate("uncompressed", (axes[0].get_xlim()[0], base.perplexity), xytext=(4, 3),
+                     textcoords="offset points", fontsize=8, color="gray")  # fmt: skip
+    axes[0].yaxis.set_minor_formatter("{x:.3g}")
+    axes[0].yaxis.set_major_formatter("{x:.3g}")
+    axes[0].set_ylabel("perplexity")
+    axes[1].set_ylabel("KL divergence, nats a token")
 
 
 def _spectrum(axis: Any, fitted: Fitted, quantizers: tuple[Mixed, ...]) -> None:
