@@ -68,11 +68,11 @@ def _losses(axes: Any, lost: Losses) -> None:
         x, y = lost.predicted[:, half], np.maximum(lost.measured[:, half], 1e-9)
         axis.loglog(x, y, "o", markersize=5)
         ends = np.array([min(x.min(), y.min()), max(x.max(), y.max())])
-        axis.loglog(ends, ends, linewidth=0.8, color="gray", label="equal")
+        axis.loglog(ends, ends, linewidth=0.8, color="gray", label="in step")
         for layer, place in enumerate(zip(x, y, strict=True)):
             axis.annotate(str(layer), place, xytext=(5, 3), textcoords="offset points", fontsize=8)
         axis.set_title(f"{name}, one layer at a time")
-        axis.set_xlabel("predicted from the information")
+        axis.set_xlabel("predicted: an order, not nats")
         axis.set_ylabel("measured KL divergence, nats a token")
         axis.legend(fontsize=8)
 
@@ -83,12 +83,11 @@ def _methods(axes: Any, points: list[Point]) -> None:
         for method in dict.fromkeys(point.method for point in others):
             some = sorted(point for point in others if point.method == method)
             axis.plot([point.bits for point in some], [getattr(point, label) for point in some], "o-", label=method)
+        if label == "perplexity":
+            axis.axhline(base.perplexity, color="gray", linewidth=0.8, label="uncompressed")
         axis.set_yscale("log")
         axis.set_xlabel("bits of a coordinate, everything that is held")
         axis.legend(fontsize=8)
-    axes[0].axhline(base.perplexity, color="gray", linewidth=0.8)
-    axes[0].annotate("uncompressed", (axes[0].get_xlim()[0], base.perplexity), xytext=(4, 3),
-                     textcoords="offset points", fontsize=8, color="gray")  # fmt: skip
     axes[0].yaxis.set_minor_formatter("{x:.3g}")
     axes[0].yaxis.set_major_formatter("{x:.3g}")
     axes[0].set_ylabel("perplexity")
@@ -120,10 +119,11 @@ def _bits(axis: Any, fitted: Fitted, quantizers: tuple[Mixed, ...]) -> None:
 def _loss(axis: Any, fitted: Fitted, quantizers: tuple[Mixed, ...]) -> None:
     lines = fitted.losses.sum(axis=(2, 3)) / 2
     for layer, (line, quantizer) in enumerate(zip(lines.T, quantizers, strict=True)):
-        drawn = axis.semilogy(fitted.choices, line, linewidth=0.8)[0]
+        drawn = axis.semilogy(fitted.choices, line, linewidth=0.8, label=f"layer {layer}")[0]
         bits = 8 * quantizer.bytes_per_vector / quantizer.dim
         loss = np.exp(np.interp(bits, fitted.choices, np.log(line)))
         axis.plot(bits, loss, "o", color=drawn.get_color(), markersize=4)
-        axis.annotate(str(layer), (bits, loss), xytext=(4, 3), textcoords="offset points", color=drawn.get_color())
     axis.set_xlabel("bits of every coordinate; dots: the mean bits of a layer")
     axis.set_ylabel("predicted loss: an order, not nats")
+    if len(quantizers) <= _NAMED:
+        axis.legend(fontsize=7, ncols=2)
