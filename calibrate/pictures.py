@@ -1,5 +1,6 @@
 """Pictures of a calibration, for `jaxquant calibrate --report DIR`; needs matplotlib, the extra `plot`."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,13 @@ def write(folder: Path, found: Candidates, made: Calibration, lost: Losses, poin
             picture(axis, fitted, quantizers)
         files.append(folder / f"{name}.png")
         figure.savefig(files[-1], dpi=120)
-    for name, picture, data in (("losses", _losses, lost), ("methods", _methods, points)):
+    pictures: dict[str, Callable[[Any], None]] = {
+        "losses": lambda axes: _losses(axes, lost),
+        "methods": lambda axes: _methods(axes, points),
+    }
+    for name, picture in pictures.items():
         figure = Figure(figsize=(12, 4), layout="constrained")
-        picture(figure.subplots(1, 2), data)
+        picture(figure.subplots(1, 2))
         files.append(folder / f"{name}.png")
         figure.savefig(files[-1], dpi=120)
     return files

@@ -83,14 +83,11 @@ def points(
         pair = turboquant.kv(jax.random.key(0), dim=a.dim, bits_k=k, bits_v=v, fused=False)
         methods.append(("TurboQuant", [pair[0]] * a.layers, [pair[1]] * a.layers))
     for bits in _CHANNELS:
-        methods.append(
-            ("integers a channel", *(rank.channels(statistics, half, bits=bits) for half in ("keys", "values")))
-        )
+        keys, values = (rank.channels(statistics, half, bits=bits) for half in rank.HALVES)
+        methods.append(("integers a channel", keys, values))
     for share in _KEPT:
-        kept = round(share * a.dim)
-        methods.append(
-            ("directions deleted", *(rank.delete(statistics, half, rank=kept) for half in ("keys", "values")))
-        )
+        keys, values = (rank.delete(statistics, half, rank=round(share * a.dim)) for half in rank.HALVES)
+        methods.append(("directions deleted", keys, values))
     none, whole = np.zeros((a.layers, 2), bool), np.ones((a.layers, 2), bool)
     nll, exact = sensitivity.scored(model.decoder, row, *methods[0][1:], none)
     out = [Point("uncompressed", 16.0, math.exp(nll), 0.0)]
