@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from jaxquant import cli, models, quantizers
+from jaxquant import cli, evaluate, models, quantizers
 from jaxquant.calibrate import absorb, files, make, pictures, tradeoff
 from jaxquant.calibrate.measured import Measured
 from jaxquant.models.loading import SMALL
@@ -279,6 +279,18 @@ def test_transformers_reads_the_absorbed_folder(model, made, tmp_path):
         found = theirs(torch.tensor(ids)).logits.numpy()
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
     assert np.abs(found[:, ::-1] - expected).max() > 1e-2 * np.abs(expected).max()
+
+
+def test_exact_keys_beside_coded_values_are_scored(model, made):
+    exact, half = quantizers.Exact(dim=DIM, dtype="float32"), quantizers.Exact(dim=DIM)
+    tokens = np.random.default_rng(0).integers(0, model.architecture.vocabulary, (1, 25))
+    scores = evaluate.compare(
+        model.decoder, tokens,
+        lambda rows: model.decoder.init_cache(exact, exact, batch=rows, capacity=24, dtype="float32"),
+        lambda rows: model.decoder.init_cache([half] * LAYERS, made.values, batch=rows, capacity=24),
+        stepwise=0,
+    )  # fmt: skip
+    assert scores.kl.mean() > 1e-4
 
 
 def test_a_template_for_all_layers_makes_one_stack(model, measured, found):
