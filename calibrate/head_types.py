@@ -69,7 +69,7 @@ def share(
     tables = [table.copy() for table in fitted.levels]
     losses = fitted.losses.copy()
     won = np.zeros((len(fitted.choices), count, heads), bool)
-    searches = dict.fromkeys(("Lloyd", "fuzzy", "evolution"), 0)
+    searches: dict[str, int] = {"Lloyd": 0, "fuzzy": 0, "evolution": 0}
     for kind in range(types):
         members = np.flatnonzero(kinds == kind)
         if not len(members):

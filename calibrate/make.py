@@ -149,8 +149,10 @@ def candidates(
             fitted, _, taken, _ = head_types.share(np.random.default_rng(seed), fitted, samples[name], types=types)
             won[name] = {bits: float(x.mean()) for bits, x in zip(fitted.choices, taken, strict=True) if x.any()}
         parts.append(fitted)
-    setting = {"metric": metric, "queries": queries, "shrinkage": list(shrinkage), "types": types}
-    return Candidates(*parts, setting | ({"shared_codebooks": won} if types else {}))
+    setting: dict[str, Any] = {"metric": metric, "queries": queries, "shrinkage": list(shrinkage), "types": types}
+    if types:
+        setting["shared_codebooks"] = won
+    return Candidates(keys=parts[0], values=parts[1], setting=setting)
 
 
 def choose(

@@ -1,5 +1,6 @@
 """Pictures of a calibration, for `jaxquant calibrate --report DIR`; needs matplotlib, the extra `plot`."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from jaxquant.calibrate.files import Calibration
 from jaxquant.calibrate.fit import Fitted
 from jaxquant.calibrate.make import Candidates
+from jaxquant.calibrate.tradeoff import Losses, Point
 from jaxquant.mixed import Mixed
 
 _NAMED = 10  # layers that a legend has room for
@@ -24,13 +26,15 @@ def check() -> None:
         raise RuntimeError('pictures need matplotlib: pip install "jaxquant[plot]"')
 
 
-def write(folder: Path, found: Candidates, made: Calibration) -> list[Path]:
-    """Draw the worth of every coordinate, the bits of every layer, and what each layer is predicted to lose.
+def write(folder: Path, found: Candidates, made: Calibration, lost: Losses, points: list[Point]) -> list[Path]:
+    """Draw the worth of every coordinate, the bits of every layer and head, what each layer loses, and other methods.
 
     Args:
         folder: is made where it is missing.
         found: what keys and values could be coded with.
         made: what was chosen.
+        lost: what each layer loses, predicted and measured.
+        points: of all methods.
 
     Returns:
         The files, PNG.
@@ -52,7 +56,47 @@ def write(folder: Path, found: Candidates, made: Calibration) -> list[Path]:
             picture(axis, fitted, quantizers)
         files.append(folder / f"{name}.png")
         figure.savefig(files[-1], dpi=120)
+    pictures: dict[str, Callable[[Any], None]] = {
+        "losses": lambda axes: _losses(axes, lost),
+        "methods": lambda axes: _methods(axes, points),
+    }
+    for name, picture in pictures.items():
+        figure = Figure(figsize=(12, 4), layout="constrained")
+        picture(figure.subplots(1, 2))
+        files.append(folder / f"{name}.png")
+        figure.savefig(files[-1], dpi=120)
     return files
+
+
+def _losses(axes: Any, lost: Losses) -> None:
+    for axis, half, name in zip(axes, (0, 1), ("keys", "values"), strict=True):
+        x, y = lost.predicted[:, half], np.maximum(lost.measured[:, half], 1e-9)
+        axis.loglog(x, y, "o", markersize=5)
+        ends = np.array([min(x.min(), y.min()), max(x.max(), y.max())])
+        axis.loglog(ends, ends, linewidth=0.8, color="gray", label="in step")
+        for layer, place in enumerate(zip(x, y, strict=True)):
+            axis.annotate(str(layer), place, xytext=(5, 3), textcoords="offset points", fontsize=8)
+        axis.set_title(f"{name}, one layer at a time")
+        axis.set_xlabel("predicted: an order, not nats")
+        axis.set_ylabel("measured KL divergence, nats a token")
+        axis.legend(fontsize=8)
+
+
+def _methods(axes: Any, points: list[Point]) -> None:
+    base, *others = points
+    for axis, label in zip(axes, ("perplexity", "kl"), strict=True):
+        for method in dict.fromkeys(point.method for point in others):
+            some = sorted(point for point in others if point.method == method)
+            axis.plot([point.bits for point in some], [getattr(point, label) for point in some], "o-", label=method)
+        if label == "perplexity":
+            axis.axhline(base.perplexity, color="gray", linewidth=0.8, label="uncompressed")
+        axis.set_yscale("log")
+        axis.set_xlabel("bits of a coordinate, everything that is held")
+        axis.legend(fontsize=8)
+    axes[0].yaxis.set_minor_formatter("{x:.3g}")
+    axes[0].yaxis.set_major_formatter("{x:.3g}")
+    axes[0].set_ylabel("perplexity")
+    axes[1].set_ylabel("KL divergence, nats a token")
 
 
 def _spectrum(axis: Any, fitted: Fitted, quantizers: tuple[Mixed, ...]) -> None:
@@ -80,10 +124,11 @@ def _bits(axis: Any, fitted: Fitted, quantizers: tuple[Mixed, ...]) -> None:
 def _loss(axis: Any, fitted: Fitted, quantizers: tuple[Mixed, ...]) -> None:
     lines = fitted.losses.sum(axis=(2, 3)) / 2
     for layer, (line, quantizer) in enumerate(zip(lines.T, quantizers, strict=True)):
-        drawn = axis.semilogy(fitted.choices, line, linewidth=0.8)[0]
+        drawn = axis.semilogy(fitted.choices, line, linewidth=0.8, label=f"layer {layer}")[0]
         bits = 8 * quantizer.bytes_per_vector / quantizer.dim
         loss = np.exp(np.interp(bits, fitted.choices, np.log(line)))
         axis.plot(bits, loss, "o", color=drawn.get_color(), markersize=4)
-        axis.annotate(str(layer), (bits, loss), xytext=(4, 3), textcoords="offset points", color=drawn.get_color())
     axis.set_xlabel("bits of every coordinate; dots: the mean bits of a layer")
     axis.set_ylabel("predicted loss: an order, not nats")
+    if len(quantizers) <= _NAMED:
+        axis.legend(fontsize=7, ncols=2)

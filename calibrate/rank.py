@@ -28,6 +28,7 @@ from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import Quantized
 
 Half = Literal["keys", "values"]
+HALVES: tuple[Half, Half] = ("keys", "values")
 
 _SCORED = 256  # queries at a time
 

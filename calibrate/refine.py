@@ -117,6 +117,7 @@ def descend(
 
 
 def _zeros(half: Mixed) -> dict[str, Any]:
+    assert half.synthesis is not None
     return {
         "levels": [jnp.zeros_like(table) for table in half.levels],
         "mean": jnp.zeros_like(half.mean),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxquant import quantizers
 from jaxquant.models.decoder import Decoder
@@ -52,29 +52,57 @@ def measured(
         values: likewise.
         progress: called with the runs done and all runs.
     """
-    graph, state = nnx.split(decoder)
     layers = decoder.architecture.layers
-    pairs = tuple(zip(keys, values, strict=True))
     total = np.zeros((layers, 2))
     for index, row in enumerate(tokens):
-        some = jnp.asarray(row, jnp.int32)
-        exact = _logits(graph, state, some, pairs, jnp.int32(-1))
-        for place in range(2 * layers):
-            changed = _logits(graph, state, some, pairs, jnp.int32(place))
-            total[place // 2, place % 2] += float(_divergence(exact, changed))
+        _, exact = scored(decoder, row, keys, values, np.zeros((layers, 2), bool))
+        for place in np.ndindex(layers, 2):
+            where = np.zeros((layers, 2), bool)
+            where[place] = True
+            _, changed = scored(decoder, row, keys, values, where)
+            total[place] += divergence(exact, changed)
             if progress is not None:
-                progress(2 * layers * index + place + 1, 2 * layers * len(tokens))
+                progress(2 * (layers * index + place[0]) + place[1] + 1, 2 * layers * len(tokens))
     return total / len(tokens)
 
 
-def _run(
+def scored(
+    decoder: Decoder,
+    row: Int[np.ndarray, " tokens"],
+    keys: Sequence[Quantizer],
+    values: Sequence[Quantizer],
+    where: Bool[np.ndarray, "layers 2"],
+) -> tuple[float, Float[np.ndarray, "tokens vocabulary"]]:
+    """Predict a row with some of the keys and values compressed, without a cache.
+
+    Args:
+        decoder: the network.
+        row: of token ids.
+        keys: quantizer of each layer.
+        values: likewise.
+        where: keys, and values, of which layers are compressed.
+
+    Returns:
+        The mean negative log-likelihood of the next token, in nats, and the logarithms of all predictions.
+    """
+    graph, state = nnx.split(decoder)
+    pairs = tuple(zip(keys, values, strict=True))
+    nll, found = _scored(graph, state, jnp.asarray(row, jnp.int32), pairs, jnp.asarray(where))
+    return float(nll), np.asarray(found)
+
+
+def divergence(first: Float[np.ndarray, "tokens vocabulary"], second: Float[np.ndarray, "tokens vocabulary"]) -> float:
+    """Give the mean KL divergence of predictions from others, in nats, from their logarithms."""
+    return float(np.mean(np.sum(np.exp(first) * (first - second), axis=-1), dtype=np.float64))
+
+
+def _predict(
     graph: nnx.GraphDef,
     state: PyTree[Array],
     tokens: Int[Array, " tokens"],
     pairs: tuple[tuple[Quantizer, Quantizer], ...],
-    where: Int[Array, ""],
-) -> Float[Array, "tokens vocabulary"]:
-    """Compress the keys of layer `where` / 2, or, where it is odd, the values."""
+    where: Bool[Array, "layers 2"],
+) -> tuple[Float[Array, ""], Float[Array, "tokens vocabulary"]]:
     decoder: Decoder = nnx.merge(graph, state)
 
     def tap(layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
@@ -82,16 +110,11 @@ def _run(
         for half, (quantizer, x) in enumerate(zip(pairs[layer], (k, v), strict=True)):
             coded = quantizer.quantize(jnp.swapaxes(x, 1, 2))
             kept = jnp.swapaxes(quantizer.restore(quantizer.expand(coded)), 1, 2)
-            out.append(jnp.where(where == 2 * layer + half, kept.astype(x.dtype), x))
+            out.append(jnp.where(where[layer, half], kept.astype(x.dtype), x))
         return q, out[0], out[1]
 
-    return decoder(tokens[None], tap=tap)[0][0]
+    found = jax.nn.log_softmax(decoder(tokens[None], tap=tap)[0][0])
+    return -jnp.mean(jnp.take_along_axis(found[:-1], tokens[1:, None], axis=-1)), found
 
 
-_logits = jax.jit(_run, static_argnums=0)
-
-
-@jax.jit
-def _divergence(first: Float[Array, "tokens vocabulary"], second: Float[Array, "tokens vocabulary"]) -> Array:
-    a, b = jax.nn.log_softmax(first), jax.nn.log_softmax(second)
-    return jnp.mean(jnp.sum(jnp.exp(a) * (a - b), axis=-1))
+_scored = jax.jit(_predict, static_argnums=0)

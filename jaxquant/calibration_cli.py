@@ -9,6 +9,8 @@ import typer
 from jaxquant import _console
 from jaxquant._console import Json, ModelDir
 
+_DRAWN = 1024  # last tokens of the text, on which pictures compare methods
+
 
 def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
@@ -53,7 +55,7 @@ def calibrate(
 ) -> None:
     """Measure a model on a few thousand tokens, and write quantizers of its keys and values that fit it."""
     from jaxquant import models, token_files
-    from jaxquant.calibrate import files, make, pictures
+    from jaxquant.calibrate import files, make, pictures, tradeoff
 
     if report is not None:
         pictures.check()
@@ -72,7 +74,12 @@ def calibrate(
             steps=steps,
         )  # fmt: skip
         files.write(output, made)
-        drawn = [] if report is None else pictures.write(report, candidates, made)
+        drawn = []
+        if report is not None:
+            unseen = ids[-min(len(ids), _DRAWN) :]
+            lost = tradeoff.losses(found, measured, made, unseen)
+            points = tradeoff.points(found, measured, candidates, unseen, progress=step)
+            drawn = pictures.write(report, candidates, made, lost, points)
     summary = {
         "file": str(output),
         "bytes": output.stat().st_size,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jaxquant import codebooks, quantizers
 from jaxquant.calibrate import allocation, bases, fisher, fit, levels, search, sensitivity, statistics, text
 from jaxquant.methods import turboquant
+from jaxquant.models import decoder as network
 from jaxquant.models.architecture import from_config
 from jaxquant.models.decoder import Decoder
 
@@ -181,6 +182,40 @@ def test_information_is_the_curvature_of_kl(decoder, tokens):
     predicted = [size**2 * float(np.trace(half.sum((0, 1)))) / 2 for half in (information.values, information.keys)]
     assert predicted[0] == pytest.approx(measured, rel=0.1)
     assert predicted[1] != pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_in_blocks_is_attention(monkeypatch, window):
+    """With padding on either side, and a last block that is not full."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 21, heads, DIM)) for i, heads in enumerate((4, 2, 2)))
+    mask = jnp.ones((2, 21), bool).at[0, :4].set(False).at[1, 17:].set(False)
+
+    def run(x, mask=mask):
+        out = network.causal_attention(x, k, v, mask=mask, scale=0.25, window=window)
+        return jnp.sum(jnp.where(mask[..., None, None], out, 0.0) * v.repeat(2, axis=2)), out
+
+    monkeypatch.setattr(network, "_QUERIES", 8)
+    gradient, blocks = jax.jit(jax.grad(run, has_aux=True))(q)
+    monkeypatch.setattr(network, "_QUERIES", 64)
+    wanted, whole = jax.jit(jax.grad(run, has_aux=True))(q + 0)
+    jax.clear_caches()
+    close(np.where(mask[..., None, None], blocks, 0), np.where(mask[..., None, None], whole, 0))
+    close(gradient, wanted)
+    _, other = run(q, jnp.ones((2, 21), bool))
+    with pytest.raises(AssertionError):
+        close(other, whole)
+
+
+def test_the_memory_of_a_gradient_grows_with_the_tokens_and_not_with_their_square(decoder):
+    def held(tokens):
+        row = jnp.zeros((tokens,), jnp.int32)
+        zeros = jnp.zeros((LAYERS, tokens, KV_HEADS, DIM))
+        gradient = jax.jit(jax.grad(lambda changes: text_loss(decoder, row, changes)))
+        return gradient.lower((zeros, zeros)).compile().memory_analysis().temp_size_in_bytes
+
+    scores = LAYERS * HEADS * 4 * 4096**2
+    assert held(4096) < 0.5 * scores
+    assert held(4096) < 8 * held(1024), "4 times is linear, 16 times the square"
 
 
 def random_covariance(generator, dim=8):

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from jaxquant import cli, models, quantizers
-from jaxquant.calibrate import absorb, files, make, pictures
+from jaxquant import cli, evaluate, models, quantizers
+from jaxquant.calibrate import absorb, files, make, pictures, tradeoff
 from jaxquant.calibrate.measured import Measured
 from jaxquant.models.loading import SMALL
 
@@ -280,6 +281,18 @@ def test_transformers_reads_the_absorbed_folder(model, made, tmp_path):
     assert np.abs(found[:, ::-1] - expected).max() > 1e-2 * np.abs(expected).max()
 
 
+def test_exact_keys_beside_coded_values_are_scored(model, made):
+    exact, half = quantizers.Exact(dim=DIM, dtype="float32"), quantizers.Exact(dim=DIM)
+    tokens = np.random.default_rng(0).integers(0, model.architecture.vocabulary, (1, 25))
+    scores = evaluate.compare(
+        model.decoder, tokens,
+        lambda rows: model.decoder.init_cache(exact, exact, batch=rows, capacity=24, dtype="float32"),
+        lambda rows: model.decoder.init_cache([half] * LAYERS, made.values, batch=rows, capacity=24),
+        stepwise=0,
+    )  # fmt: skip
+    assert scores.kl.mean() > 1e-4
+
+
 def test_a_template_for_all_layers_makes_one_stack(model, measured, found):
     shared = make.choose(model, measured, found, bits=3.0, layer_groups=1)
     held = model.decoder.init_cache(shared.keys, shared.values, batch=1, capacity=64)
@@ -296,14 +309,48 @@ def test_large_models_are_written_in_shards(model, made, tmp_path, monkeypatch):
     assert absorb.difference(model, models.load(tmp_path, dtype="float32")) == 0.0
 
 
+def test_methods_are_scored_as_the_model_scores_them(model, measured, found, made):
+    row = np.random.default_rng(5).integers(0, model.architecture.vocabulary, 48)
+    points = tradeoff.points(model, measured, found, row)
+    assert [point.method for point in points].count("calibrated") == len(tradeoff.BITS)
+    logits = np.asarray(jax.nn.log_softmax(model.decoder(jnp.asarray(row[None], jnp.int32))[0][0]))
+    exact = np.exp(-np.mean(logits[np.arange(47), row[1:]]))
+    assert points[0].perplexity == pytest.approx(exact, rel=1e-5)
+    ours = [point for point in points if point.method == "calibrated"]
+    assert [point.bits for point in ours] == pytest.approx(tradeoff.BITS, abs=8 / (2 * LAYERS * DIM))
+    assert ours[-1].kl < ours[0].kl
+    theirs = {round(point.bits, 4): point.kl for point in points if point.method == "TurboQuant"}
+    assert set(theirs) == {2.5, 3.0, 4.5}, "codes and a scale of 16 bits for 32 coordinates"
+    deleted = {round(point.bits, 4): point.kl for point in points if point.method == "directions deleted"}
+    assert set(deleted) == {4.0}
+    assert deleted[4.0] > ours[-1].kl
+    lost = tradeoff.losses(model, measured, made, row)
+    swapped = tradeoff.losses(model, measured, dataclasses.replace(made, keys=made.keys[::-1]), row)
+    assert (lost.measured > 0).all()
+    np.testing.assert_array_equal(swapped.measured[1], lost.measured[1])
+    assert (swapped.measured[[0, 2], 0] != lost.measured[[0, 2], 0]).all()
+
+
 def test_pictures_show_what_was_chosen(model, measured, found, made, tmp_path):
     pytest.importorskip("matplotlib")
-    first = pictures.write(tmp_path / "first", found, made)
-    assert [path.name for path in first] == ["spectra.png", "bits.png", "predicted_loss.png"]
+    lost = tradeoff.Losses(np.full((LAYERS, 2), 1e-3), np.full((LAYERS, 2), 2e-3))
+    points = [
+        tradeoff.Point("uncompressed", 16.0, 5.0, 0.0), tradeoff.Point("a", 2.0, 6.0, 0.1),
+        tradeoff.Point("b", 2.0, 7.0, 0.2),
+    ]  # fmt: skip
+    first = pictures.write(tmp_path / "first", found, made, lost, points)
+    assert [path.name for path in first] == [
+        "spectra.png",
+        "bits.png",
+        "predicted_loss.png",
+        "losses.png",
+        "methods.png",
+    ]
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for path in first)
-    other = pictures.write(tmp_path / "other", found, make.choose(model, measured, found, bits=3.5))
+    changed = make.choose(model, measured, found, bits=3.5)
+    other = pictures.write(tmp_path / "other", found, changed, lost, points[:2])
     alike = [mine.read_bytes() == theirs.read_bytes() for mine, theirs in zip(first, other, strict=True)]
-    assert alike == [True, False, False], "bits and losses follow the budget, the spectra do not"
+    assert alike == [True, False, False, True, False], "bits and losses follow the budget, the spectra do not"
 
 
 def test_pictures_ask_for_matplotlib_before_the_work_begins(tmp_path, monkeypatch):

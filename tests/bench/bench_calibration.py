@@ -145,7 +145,7 @@ class Bench:
         pair = setting.build(self)
         if report is None:
             report = self.text(setting, pair)
-        if setting.needles:
+        if setting.needles and len(report["needles"]) < o.needle_rows:
             hits = self.retrieved(functools.partial(self.cache, setting, pair), len(report["needles"]))
             report["needles"] += hits
         file.write_text(json.dumps(report))
@@ -273,10 +273,10 @@ def peers(model: models.Model) -> list[tuple[str, Callable[[Bench], Pair]]]:
     exact = [quantizers.Exact(dim=dim)] * layers
 
     def channels(bits: int) -> Callable[[Bench], Pair]:
-        return lambda b: tuple(rank.channels(b.measured(MAIN).statistics, half, bits=bits) for half in HALVES)
+        return lambda b: tuple(rank.channels(b.measured(MAIN).statistics, half, bits=bits) for half in rank.HALVES)
 
     def deleted(kept: int) -> Callable[[Bench], Pair]:
-        return lambda b: tuple(rank.delete(b.measured(MAIN).statistics, half, rank=kept) for half in HALVES)
+        return lambda b: tuple(rank.delete(b.measured(MAIN).statistics, half, rank=kept) for half in rank.HALVES)
 
     def split(top: int, above: int, below: int, both: bool) -> Callable[[Bench], Pair]:
         def build(b: Bench) -> Pair:
@@ -296,9 +296,6 @@ def peers(model: models.Model) -> list[tuple[str, Callable[[Bench], Pair]]]:
                 out.append((name, split(top, above, below, both)))
     out += [("calibrated 4.0", calibrated(4.0)), ("calibrated 2.5", calibrated(2.5))]
     return out
-
-
-HALVES: tuple[rank.Half, rank.Half] = ("keys", "values")
 
 
 def row(report: dict[str, Any], reference: dict[str, list[int]]) -> str:
