@@ -149,7 +149,8 @@ def test_a_gate_inside_sampling_agrees_with_no_gate_until_it_shares():
                 states[layer], out = gate.attend(states[layer], attend, x)
                 return out
 
-            return tuple(states), model(x, time, label, around=around)
+            out = model(x, time, label, around=around)
+            return tuple(states), out
 
         return run
 
