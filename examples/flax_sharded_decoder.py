@@ -8,6 +8,8 @@ devices are simulated.
 """
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
@@ -81,7 +83,7 @@ def normalized(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
-def continued(devices: list[jax.Device], prompt: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+def continued(devices: Sequence[Any], prompt: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """Continue a prompt on some devices; return the tokens and the last logits."""
     mesh = Mesh(np.array(devices).reshape(-1, min(2, len(devices))), ("data", "model"))
     keys, values = turboquant.kv(jax.random.key(0), dim=DIM, bits_k=4, bits_v=4)

@@ -46,7 +46,7 @@ def here() -> None:
     held = model.decoder.init_cache(keys, values, batch=1, capacity=128, sinks=4, window=32)
     prompt = model.tokenizer.encode("import numpy as np\n\n\ndef main(")
     logits, filled = model.decoder(jnp.asarray(prompt)[None], held)
-    assert filled is not None
+    assert isinstance(filled, KVCache)
     token = int(np.asarray(logits)[0, -1].argmax())
     with socket.create_server(("127.0.0.1", 0)) as server:
         process = subprocess.Popen([sys.executable, __file__, str(server.getsockname()[1])])

@@ -9,6 +9,7 @@ share the kv heads, and the other half the tokens of each row.
 """
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ layout = sharding.Layout(mesh, kv_heads="heads", tokens="tokens", page=32)
 
 # fused=False: the same levels on every platform, and no question to the devices before they are connected.
 keys, values = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=2, fused=False)
-sizes = {"layers": 1, "batch": 2, "kv_heads": 4, "capacity": 512}
+sizes: dict[str, Any] = {"layers": 1, "batch": 2, "kv_heads": 4, "capacity": 512}
 rng = np.random.default_rng(0)
 q, k, v = (rng.normal(size=(2, 300, heads, 64)).astype(np.float32) for heads in (8, 4, 4))
 

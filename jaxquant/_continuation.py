@@ -78,5 +78,5 @@ def _step(
 ) -> tuple[Float[Array, " vocabulary"], KVCache]:
     decoder: Decoder = nnx.merge(graph, weights)
     hidden, extended = decoder.hidden(ids, cache)
-    assert extended is not None
+    assert isinstance(extended, KVCache)
     return decoder.logits(hidden[:, -1:])[0, 0], extended

@@ -283,7 +283,7 @@ def _prefill(
                 known = (token >= exact_from[:, None]) & (token >= held.sinks)
                 token = jnp.where(known, token, -1)
                 if exact:
-                    parts.append(xla.recent(queries, *band, where, token, rule, first + size + held.window))
+                    parts.append(xla.recent(queries, band[0], band[1], where, token, rule, first + size + held.window))
                 else:
                     keys, values = (lax.dynamic_slice_in_dim(x, first, span, axis=2) for x in band)
                     parts.append(xla.exact(queries, keys, values, where, token, rule, window=held.window))

@@ -129,7 +129,7 @@ def cost(builder: Callable[..., Any], *, dim: int = _DIM, bits: int = 4) -> Cost
     except ValueError:
         bits = 8
         built = _build(builder, dim, bits)
-    shape = {"layers": 1, "batch": 1, "kv_heads": 1, "capacity": _CAPACITY}
+    shape: dict[str, Any] = {"layers": 1, "batch": 1, "kv_heads": 1, "capacity": _CAPACITY}
     if isinstance(built, Pipeline):
         held = pipeline.init(built, **shape).bytes_per_token
         pair = built.keys, built.values
@@ -194,7 +194,7 @@ def _section(text: str, title: str) -> str:
 
 def _build(builder: Callable[..., Any], dim: int, bits: int) -> Any:
     random = np.random.default_rng(0)
-    made = {"dim": dim} if "dim" in inspect.signature(builder).parameters else {}
+    made: dict[str, Any] = {"dim": dim} if "dim" in inspect.signature(builder).parameters else {}
     for name in wanted(builder):
         x = random.normal(size=(1, 1, 4 * dim, dim))
         made[name] = np.einsum("lhsd,lhse->lhde", x, x) if "samples" not in name else x

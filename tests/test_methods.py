@@ -362,6 +362,7 @@ class OneScaleForAll(uniform.Uniform):
 class DropsAnAxis(uniform.Uniform):
     def quantize(self, x, /):
         code = super(DropsAnAxis, self).quantize(x)
+        assert code.zeros is not None
         zeros = code.zeros[:1] if code.zeros.ndim == 2 else code.zeros
         return uniform.Steps(codes=code.codes, scales=code.scales, zeros=zeros)
 

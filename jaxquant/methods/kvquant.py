@@ -79,7 +79,7 @@ class Fitted:
         """Code vectors."""
         x = jnp.clip(jnp.nan_to_num(x.astype(jnp.float32)), -_LARGEST, _LARGEST)
         scales = zeros = None
-        if self.middle is not None:
+        if self.middle is not None and self.half is not None:
             y = (x - _rows(self.middle)) / _rows(self.half)
         else:
             low, high = _range(x, self.outliers)
@@ -115,14 +115,14 @@ class Fitted:
 
     def restore(self, y: Float[Array, "*batch width"], /) -> Float[Array, "*batch dim"]:
         """Undo the normalization of the channels."""
-        if self.middle is None:
+        if self.middle is None or self.half is None:
             return y
         return y[..., :-1] * _rows(self.half) + y[..., -1:] * _rows(self.middle)
 
     def project(self, q: Float[Array, "*batch dim"], /) -> Float[Array, "*batch width"]:
         """Scale the channels of queries, and add their product with the middle."""
         q = q.astype(jnp.float32)
-        if self.middle is None:
+        if self.middle is None or self.half is None:
             return q
         return jnp.concatenate([q * _rows(self.half), jnp.sum(q * _rows(self.middle), axis=-1, keepdims=True)], axis=-1)
 
@@ -163,9 +163,9 @@ def fit(
     layers, _, _, dim = key_samples.shape
     if dim > 256:
         raise ValueError(f"vectors must have at most 256 coordinates, for a place in one byte; got {dim}")
-    outliers = -(-dim // 100) if outliers is None else outliers
-    if not 0 <= outliers < dim:
-        raise ValueError(f"outliers must be from 0 to {dim - 1}, got {outliers}")
+    apart = -(-dim // 100) if outliers is None else outliers
+    if not 0 <= apart < dim:
+        raise ValueError(f"outliers must be from 0 to {dim - 1}, got {apart}")
     keys, values = [], []
     for layer in range(layers):
         low, high = np.quantile(key_samples[layer], [(1 - _KEPT) / 2, (1 + _KEPT) / 2], axis=1)
@@ -173,15 +173,15 @@ def fit(
         weights = np.diagonal(query_moments[layer], axis1=-2, axis2=-1) * half**2
         weights = np.broadcast_to(weights[:, None], key_samples[layer].shape)
         y = (key_samples[layer] - middle[:, None]) / half[:, None]
-        levels = codebooks.fitted(y.ravel(), (weights * _usual(y, outliers)).ravel(), bits=bits_k)
+        levels = codebooks.fitted(y.ravel(), (weights * _usual(y, apart)).ravel(), bits=bits_k)
         channels = {"middle": jnp.asarray(middle, jnp.float32), "half": jnp.asarray(half, jnp.float32)}
-        keys.append(Fitted(**channels, levels=levels, dim=dim, bits=bits_k, outliers=outliers))
+        keys.append(Fitted(**channels, levels=levels, dim=dim, bits=bits_k, outliers=apart))
         x = jnp.asarray(value_samples[layer], jnp.float32)
-        low, high = (np.asarray(end)[..., None] for end in _range(x, outliers))
+        low, high = (np.asarray(end)[..., None] for end in _range(x, apart))
         half = np.maximum((high - low) / 2, 1e-6)
         y = (value_samples[layer] - (low + high) / 2) / half
-        levels = codebooks.fitted(y.ravel(), (half**2 * _usual(y, outliers)).ravel(), bits=bits_v)
-        values.append(Fitted(middle=None, half=None, levels=levels, dim=dim, bits=bits_v, outliers=outliers))
+        levels = codebooks.fitted(y.ravel(), (half**2 * _usual(y, apart)).ravel(), bits=bits_v)
+        values.append(Fitted(middle=None, half=None, levels=levels, dim=dim, bits=bits_v, outliers=apart))
     return tuple(keys), tuple(values)
 
 

@@ -273,10 +273,18 @@ def peers(model: models.Model) -> list[tuple[str, Callable[[Bench], Pair]]]:
     exact = [quantizers.Exact(dim=dim)] * layers
 
     def channels(bits: int) -> Callable[[Bench], Pair]:
-        return lambda b: tuple(rank.channels(b.measured(MAIN).statistics, half, bits=bits) for half in rank.HALVES)
+        def build(b: Bench) -> Pair:
+            keys, values = (rank.channels(b.measured(MAIN).statistics, half, bits=bits) for half in rank.HALVES)
+            return keys, values
+
+        return build
 
     def deleted(kept: int) -> Callable[[Bench], Pair]:
-        return lambda b: tuple(rank.delete(b.measured(MAIN).statistics, half, rank=kept) for half in rank.HALVES)
+        def build(b: Bench) -> Pair:
+            keys, values = (rank.delete(b.measured(MAIN).statistics, half, rank=kept) for half in rank.HALVES)
+            return keys, values
+
+        return build
 
     def split(top: int, above: int, below: int, both: bool) -> Callable[[Bench], Pair]:
         def build(b: Bench) -> Pair:
