@@ -4,7 +4,6 @@ import importlib
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -323,7 +322,7 @@ def _trial(
     return Trial.load(model, build, bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed)
 
 
-def _function(method: str, *defaults: str) -> Callable[..., Any]:
+def _function(method: str, *defaults: str) -> Any:
     """Turn the name of a method, or `package.module:Object`, into what it names."""
     from jaxquant import catalogue
 

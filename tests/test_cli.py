@@ -137,7 +137,7 @@ def test_eval_asks_for_pass_keys(run, tmp_path):
     ("arguments", "message"),
     [
         (["run", ""], "prompt is empty"),
-        (["run", "x", "--method", "nonsense"], "--method must be one of turboquant"),
+        (["run", "x", "--method", "nonsense"], "--method must be one of .*turboquant.*, or package.module:Object"),
         (["run", "x", "--method", "os.path:nonsense"], "--method 'os.path:nonsense'"),
         (["run", "x", "--bits-k", "9"], "bits must be an integer from 1 to 8, got 9"),
         (["run", "x", "--model", "no/such/folder"], "no/such/folder: no such folder"),
