@@ -47,8 +47,8 @@ class Layout:
 
     Example:
         >>> mesh = jax.make_mesh((1,), ("model",))
-        >>> Layout(mesh, kv_heads="model").queries
-        PartitionSpec(None, 'model')
+        >>> Layout(mesh, kv_heads="model").queries == PartitionSpec(None, "model")
+        True
     """
 
     mesh: Mesh
@@ -93,8 +93,8 @@ def specs(layout: Layout, cache: KVCache) -> KVCache:
         >>> layout = Layout(jax.make_mesh((1,), ("model",)), kv_heads="model")
         >>> k, v = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=2)
         >>> c = init(layout, k, v, layers=2, batch=1, kv_heads=2, capacity=256)
-        >>> specs(layout, c).stacks[0].keys.codes.codes
-        PartitionSpec(None, None, 'model', None)
+        >>> specs(layout, c).stacks[0].keys.codes.codes == PartitionSpec(None, None, "model", None)
+        True
     """
     exact = PartitionSpec(None, layout.batch, layout.kv_heads)
     coded = PartitionSpec(None, layout.batch, layout.kv_heads, layout.tokens)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxquant.diffusion import flow
 from jaxquant.diffusion.dit import DiT
@@ -87,7 +87,7 @@ def train(
     graph, weights = nnx.split(model)
     optimizer = optax.adam(lambda count: rate * (0.5 + 0.5 * jnp.cos(jnp.pi * jnp.asarray(count, jnp.float32) / steps)))
 
-    def loss(weights: nnx.State, key: PRNGKeyArray) -> Float[Array, ""]:
+    def loss(weights: PyTree[Array], key: PRNGKeyArray) -> Float[Array, ""]:
         of_pictures, of_loss = jax.random.split(key)
         pictures, labels = draw(of_pictures, batch, side=side)
         return flow.loss(of_loss, nnx.merge(graph, weights), pictures, labels, none=classes)

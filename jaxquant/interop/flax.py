@@ -51,6 +51,7 @@ class Attend(nnx.Module):
         layer: of the cache.
 
     Example:
+        >>> import jax
         >>> from jaxquant import cache
         >>> from jaxquant.methods import turboquant
         >>> keys, values = turboquant.kv(jax.random.key(0), dim=16, bits_k=4, bits_v=4)
@@ -118,6 +119,7 @@ def linen_attention_fn(
         dtype: of the tokens kept exact.
 
     Example:
+        >>> import jax
         >>> from jaxquant.methods import turboquant
         >>> fn = linen_attention_fn(*turboquant.kv(jax.random.key(0), dim=16, bits_k=4, bits_v=4), capacity=32)
         >>> layer, x = linen.MultiHeadDotProductAttention(4, attention_fn=fn), jnp.ones((2, 5, 64))
@@ -165,6 +167,7 @@ def attach(model: M, cache: KVCache, *, paths: Sequence[Path] | None = None) -> 
         ValueError: the layers, heads or sizes of model and cache differ, or a path leads to no attention module.
 
     Example:
+        >>> import jax
         >>> from jaxquant import cache
         >>> from jaxquant.methods import turboquant
         >>> model = nnx.MultiHeadAttention(4, 64, num_kv_heads=2, decode=False, rngs=nnx.Rngs(0))
