@@ -93,7 +93,7 @@ def train(
         return flow.loss(of_loss, nnx.merge(graph, weights), pictures, labels, none=classes)
 
     @jax.jit
-    def run(weights: nnx.State, keys: PRNGKeyArray) -> tuple[nnx.State, Float[Array, " steps"]]:
+    def run(weights: PyTree[Array], keys: PRNGKeyArray) -> tuple[PyTree[Array], Float[Array, " steps"]]:
         def step(carry, key):
             weights, memory = carry
             value, gradient = jax.value_and_grad(loss)(weights, key)
