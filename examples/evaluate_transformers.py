@@ -1,6 +1,6 @@
 """Score a Hugging Face model over a compressed cache: lm-evaluation-harness, and pass keys hidden in long text.
 
-    pip install "jaxquant[torch]" lm-eval
+    pip install "jaxquant[torch]" "lm-eval[hf]"
     python examples/evaluate_transformers.py --model DIR --tasks arc_easy,gsm8k --lengths 2048,8192,32768
 
 Every forward pass reads its keys and values from codes, as in use, and the same runs once more without compression.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from jaxquant.diffusion import flow
 from jaxquant.diffusion.dit import DiT
@@ -93,7 +93,7 @@ def train(
         return flow.loss(of_loss, nnx.merge(graph, weights), pictures, labels, none=classes)
 
     @jax.jit
-    def run(weights: PyTree[Array], keys: PRNGKeyArray) -> tuple[PyTree[Array], Float[Array, " steps"]]:
+    def run(weights: PyTree[Array], keys: Key[Array, " steps"]) -> tuple[PyTree[Array], Float[Array, " steps"]]:
         def step(carry, key):
             weights, memory = carry
             value, gradient = jax.value_and_grad(loss)(weights, key)
