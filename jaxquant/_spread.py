@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -53,4 +52,4 @@ class Spread(NamedTuple):
         return page % self.devices * (self.slots // self.devices) + page // self.devices * self.page + within
 
     def _number(self, device: Integer[Array, ""] | None) -> Integer[Array, ""]:
-        return jax.lax.axis_index(self.axis) if device is None else device
+        return lax.axis_index(self.axis) if device is None else device
