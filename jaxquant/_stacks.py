@@ -1,10 +1,12 @@
 """What a cache is made of: stacks of layers with packed codes, exact first tokens and a ring of exact newest tokens."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Integer, PyTree
 
@@ -14,6 +16,7 @@ from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import PerLayer
 
 Index = int | Integer[Array, ""]
+T = TypeVar("T")
 
 
 @pytree
@@ -235,3 +238,41 @@ def ring_positions(length: Int[Array, " batch"], window: int) -> Int[Array, "bat
     slot = jnp.arange(window, dtype=jnp.int32)
     newest = length[:, None] - 1
     return newest - (newest - slot) % window
+
+
+def stack(
+    halves: Sequence[Quantizer | PerLayer],
+    layers: int,
+    shape: tuple[int, int, int],
+    dtype: str,
+    *,
+    sinks: int = 0,
+    window: int = 0,
+) -> Stack:
+    """Allocate a stack of layers, with the quantizers of keys and values, for [batch, kv_heads, capacity] tokens."""
+    batch, kv_heads, capacity = shape
+    keys, values = (
+        allocate(half, layers, batch, kv_heads, slots=capacity - sinks, sinks=sinks, window=window, dtype=dtype)
+        for half in halves
+    )
+    return Stack(keys=keys, values=values)
+
+
+def resolve(cache: KVCache, layer: Index) -> tuple[Index, int | None]:
+    """Split a layer into an index that does not retrace and its stack, where that is known before tracing."""
+    if isinstance(layer, int | np.integer):
+        if not -cache.layers <= layer < cache.layers:
+            raise ValueError(f"layer must be from {-cache.layers} to {cache.layers - 1}, got {layer}")
+        layer = int(layer) % cache.layers
+        return jnp.int32(layer), cache.places[layer][0]
+    return layer, 0 if len(cache.stacks) == 1 else None
+
+
+def switch(cache: KVCache, layer: Index, stack: int | None, branch: Callable[[int, Index], T]) -> T:
+    """Call `branch(stack, index)` with the place of a layer, as `resolve` split it."""
+    if len(cache.stacks) == 1:
+        return branch(0, layer)
+    which, index = jnp.asarray(cache.places, jnp.int32)[layer]
+    if stack is not None:
+        return branch(stack, index)
+    return lax.switch(which, [functools.partial(branch, i) for i in range(len(cache.stacks))], index)

@@ -5,22 +5,17 @@ tokens up to p are exact and every other token is decoded from its code, so that
 input was cut into chunks, unless `prefill_attention` is asked for more. Parts are joined by their log-sum-exp.
 """
 
-import functools
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
-from jaxquant import _stacks
+from jaxquant import _attention
 from jaxquant._kernels import cuda, nvrtc, pallas, xla
-from jaxquant._stacks import Index, Stack
-from jaxquant.cache import KVCache, append, resolve, switch
+from jaxquant._stacks import Index, KVCache, resolve
+from jaxquant.cache import append
 from jaxquant.protocols import Cache
-
-_QUERY_CHUNK = 256  # tokens of a prefill chunk that are scored at a time
 
 Implementation = Literal["xla", "cuda", "pallas"]
 Number = float | Float[Array, ""]
@@ -75,7 +70,7 @@ def decode_attention(
     _check_queries("q", q, (cache.batch, "heads", cache.dim), heads_axis=1, cache=cache)
     _check_rule(cache, soft_cap, sliding_window, visible)
     rule = _rule(cache, scale, soft_cap, sliding_window, visible)
-    return _decode(cache, *resolve(cache, layer), q, rule, _choose(implementation, cache, q.shape[1], rule))
+    return _attention.decode(cache, *resolve(cache, layer), q, rule, _choose(implementation, cache, q.shape[1], rule))
 
 
 def prefill_attention(
@@ -133,7 +128,7 @@ def prefill_attention(
     if chunk not in ("codes", "exact"):
         raise ValueError(f"chunk must be 'codes' or 'exact', got {chunk!r}")
     rule = _rule(cache, scale, soft_cap, sliding_window, visible)
-    out, lse = _prefill(cache, after, *resolve(cache, layer), q, k, v, mask, rule, exact=chunk == "exact")
+    out, lse = _attention.prefill(cache, after, *resolve(cache, layer), q, k, v, mask, rule, exact=chunk == "exact")
     return out, lse, after
 
 
@@ -204,146 +199,6 @@ def merge(
     """
     joined = xla.merge([xla.Partial(out.astype(jnp.float32), lse) for out, lse in (first, second)])
     return joined.out.astype(first[0].dtype), joined.lse
-
-
-@functools.partial(jax.jit, static_argnames=("stack", "chosen"))
-def _decode(
-    cache: KVCache, layer: Index, stack: int | None, q: Array, rule: xla.Rule, chosen: tuple[str, ...]
-) -> tuple[Array, Array]:
-    length, exact_from = cache.length[layer], cache.exact_from[layer]
-    position = length[:, None] - 1
-
-    def attend(which: int, index: Index) -> tuple[Array, Array]:
-        held = cache.stacks[which]
-        queries = _rows(q[:, None], held)
-        where = _repeat(position, q.shape[1], held)
-        if chosen[which] == "cuda":
-            exact = held.sinks or held.window or cache.spread is not None  # parts are joined in float32
-            fused = q.astype(jnp.float32) if exact else q
-            parts = [cuda.coded(held, index, fused, layer, cache.length, cache.exact_from, rule, cache.spread)]
-        elif chosen[which] == "pallas":
-            parts = [pallas.coded(held, index, queries, where, exact_from, rule)]
-        else:
-            parts = [xla.coded(held, index, queries, where, exact_from, rule, spread=cache.spread)]
-        if cache.spread is not None:
-            parts = xla.gathered(parts[0], cache.spread)
-        parts += _sinks(held, index, queries, where, rule)
-        if held.window:
-            token = _stacks.ring_positions(length, held.window)
-            token = jnp.where((token >= exact_from[:, None]) & (token >= held.sinks), token, -1)
-            keys, values = held.keys.window[index], held.values.window[index]
-            parts.append(xla.exact(queries, keys, values, where, token, rule))
-        out, lse = xla.merge(parts)
-        return _heads(out, 1)[:, 0].astype(q.dtype), _heads(lse[..., None], 1)[:, 0, :, 0]
-
-    return switch(cache, layer, stack, attend)
-
-
-@functools.partial(jax.jit, static_argnames=("stack", "exact"))
-def _prefill(
-    before: KVCache,
-    after: KVCache,
-    layer: Index,
-    stack: int | None,
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array | None,
-    rule: xla.Rule,
-    exact: bool,
-) -> tuple[Array, Array]:
-    new = q.shape[1]
-    start, exact_from = before.length[layer], before.exact_from[layer]
-    order = None
-    if mask is not None:  # tokens first, padding last: positions then run without gaps
-        order = jnp.argsort(~mask, axis=1, stable=True)
-        q, k, v = (jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (q, k, v))
-    count = after.length[layer] - start
-    rank = jnp.arange(new, dtype=jnp.int32)
-    position = jnp.where(rank < count[:, None], start[:, None] + rank, -1)
-
-    def attend(which: int, index: Index) -> tuple[Array, Array]:
-        held, old = after.stacks[which], before.stacks[which]
-        # Entry e of the band is the token at position start - window + e.
-        banded = exact or held.window
-        band = [_band(old, index, start, x, i) for i, x in enumerate((k, v))] if banded else []
-
-        def chunk(first: Int[Array, ""], size: int) -> tuple[Array, Array]:
-            where = _repeat(lax.dynamic_slice_in_dim(position, first, size, axis=1), q.shape[2], held)
-            queries = _rows(lax.dynamic_slice_in_dim(q, first, size, axis=1), held)
-            newest = jnp.minimum(where, start[:, None] - 1) if exact else where
-            parts = [xla.coded(held, index, queries, where, exact_from, rule, newest=newest, spread=after.spread)]
-            if after.spread is not None:
-                parts = xla.gathered(parts[0], after.spread)
-            parts += _sinks(held, index, queries, where, rule)
-            if banded:
-                span = new + held.window if exact else size + held.window
-                begin = 0 if exact else first
-                token = (start - held.window + begin)[:, None] + jnp.arange(span, dtype=jnp.int32)
-                known = (token >= exact_from[:, None]) & (token >= held.sinks)
-                token = jnp.where(known, token, -1)
-                if exact:
-                    parts.append(xla.recent(queries, band[0], band[1], where, token, rule, first + size + held.window))
-                else:
-                    keys, values = (lax.dynamic_slice_in_dim(x, first, span, axis=2) for x in band)
-                    parts.append(xla.exact(queries, keys, values, where, token, rule, window=held.window))
-            out, lse = xla.merge(parts)
-            return _heads(out, size).astype(q.dtype), _heads(lse[..., None], size)[..., 0]
-
-        if new <= _QUERY_CHUNK:
-            return chunk(jnp.int32(0), new)
-        steps = jnp.minimum(jnp.arange(-(-new // _QUERY_CHUNK), dtype=jnp.int32) * _QUERY_CHUNK, new - _QUERY_CHUNK)
-        out, lse = lax.map(lambda first: chunk(first, _QUERY_CHUNK), steps)
-        return _joined(out, new), _joined(lse, new)
-
-    out, lse = switch(before, layer, stack, attend)
-    if mask is None:
-        return out, lse
-    assert order is not None
-    back = jnp.argsort(order, axis=1)
-    return jnp.take_along_axis(out, back[:, :, None, None], axis=1), jnp.take_along_axis(lse, back[:, :, None], axis=1)
-
-
-def _sinks(held: Stack, index: Index, queries: Array, where: Array, rule: xla.Rule) -> list[xla.Partial]:
-    if not held.sinks:
-        return []
-    token = jnp.broadcast_to(jnp.arange(held.sinks, dtype=jnp.int32), (queries.shape[0], held.sinks))
-    return [xla.exact(queries, held.keys.sinks[index], held.values.sinks[index], where, token, rule)]
-
-
-def _band(old: Stack, index: Index, start: Array, x: Array, which: int) -> Array:
-    """Line up the window as it was before the chunk with the chunk itself: [batch, kv_heads, window + new, dim]."""
-    new = jnp.swapaxes(x, 1, 2)
-    if not old.window:
-        return new
-    ring = (old.keys, old.values)[which].window
-    slot = (start[:, None] - old.window + jnp.arange(old.window, dtype=jnp.int32)) % old.window
-    past = jnp.take_along_axis(ring[index], slot[:, None, :, None], axis=2)
-    return jnp.concatenate([past, new.astype(ring.dtype)], axis=2)
-
-
-def _rows(q: Float[Array, "batch new heads dim"], held: Stack) -> Float[Array, "batch kv_heads rows dim"]:
-    batch, new, heads, dim = q.shape
-    kv_heads = held.keys.sinks.shape[2]
-    rows = q.reshape(batch, new, kv_heads, heads // kv_heads, dim).astype(jnp.float32)
-    return jnp.moveaxis(rows, 1, 3).reshape(batch, kv_heads, -1, dim)
-
-
-def _heads(rows: Float[Array, "batch kv_heads rows last"], new: int) -> Float[Array, "batch new heads last"]:
-    batch, kv_heads, _, last = rows.shape
-    return jnp.moveaxis(rows.reshape(batch, kv_heads, -1, new, last), 3, 1).reshape(batch, new, -1, last)
-
-
-def _repeat(position: Int[Array, "batch new"], heads: int, held: Stack) -> Int[Array, "batch rows"]:
-    return jnp.tile(position, (1, heads // held.keys.sinks.shape[2]))
-
-
-def _joined(steps: Array, new: int) -> Array:
-    """Join chunks of queries along tokens; the last chunk overlaps the one before it."""
-    count, size = steps.shape[0], steps.shape[2]
-    whole = jnp.moveaxis(steps[:-1], 0, 1)
-    whole = whole.reshape(whole.shape[0], (count - 1) * size, *whole.shape[3:])
-    return jnp.concatenate([whole, steps[-1][:, size - (new - (count - 1) * size) :]], axis=1)
 
 
 def _rule(cache: KVCache, scale: Number | None, soft_cap: Number | None, sliding_window, visible) -> xla.Rule:

@@ -9,19 +9,17 @@ Layers are stacked on a leading axis. Layers named in `exact_layers` form a seco
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxquant import _stacks
 from jaxquant._kernels import cuda_encode, nvrtc
-from jaxquant._stacks import Index, KVCache, Stack, Store
+from jaxquant._stacks import Index, KVCache, Stack, Store, resolve, switch
 from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import Exact
 
@@ -93,29 +91,20 @@ def init(
         own = [half[layer] for half, given in zip(each, (keys, values), strict=True) if isinstance(given, Sequence)]
         alike.setdefault(tuple(map(_stacks.form, own)), []).append(layer)
     whole = Exact(dim=dims[0][0], dtype=float_name)  # pyright: ignore[reportArgumentType]
-    stacks, places = [], [(0, 0)] * layers
-    for members, compressed in [*((members, True) for members in alike.values()), (sorted(exact), False)]:
-        if not members:
-            continue
-        for index, layer in enumerate(members):
-            places[layer] = (len(stacks), index)
-        kept = {"sinks": sinks, "window": window} if compressed else {"sinks": 0, "window": 0}
-        stores = [
-            _stacks.allocate(
-                _stacks.joined([half[layer] for layer in members]) if compressed else whole,
-                *(len(members), batch, kv_heads),
-                slots=capacity - kept["sinks"],
-                dtype=float_name,
-                **kept,
-            )
-            for half in each
-        ]
-        stacks.append(Stack(keys=stores[0], values=stores[1]))
+    shape = (batch, kv_heads, capacity)
+    stacks, members = [], [*alike.values()]
+    for layers_of_one in members:
+        halves = [_stacks.joined([half[layer] for layer in layers_of_one]) for half in each]
+        stacks.append(_stacks.stack(halves, len(layers_of_one), shape, float_name, sinks=sinks, window=window))
+    if exact:
+        members.append(sorted(exact))
+        stacks.append(_stacks.stack([whole, whole], len(exact), shape, float_name))
+    places = {layer: (i, j) for i, group in enumerate(members) for j, layer in enumerate(group)}
     return KVCache(
         stacks=tuple(stacks),
         length=jnp.zeros((layers, batch), jnp.int32),
         exact_from=jnp.zeros((layers, batch), jnp.int32),
-        places=tuple(places),
+        places=tuple(places[layer] for layer in range(layers)),
     )
 
 
@@ -324,23 +313,3 @@ def fork(cache: KVCache, *, copies: int) -> KVCache:
     if copies < 1:
         raise ValueError(f"copies must be at least 1, got {copies}")
     return reorder(cache, jnp.repeat(jnp.arange(cache.batch, dtype=jnp.int32), copies))
-
-
-def resolve(cache: KVCache, layer: Index) -> tuple[Index, int | None]:
-    """Split a layer into an index that does not retrace and its stack, where that is known before tracing."""
-    if isinstance(layer, int | np.integer):
-        if not -cache.layers <= layer < cache.layers:
-            raise ValueError(f"layer must be from {-cache.layers} to {cache.layers - 1}, got {layer}")
-        layer = int(layer) % cache.layers
-        return jnp.int32(layer), cache.places[layer][0]
-    return layer, 0 if len(cache.stacks) == 1 else None
-
-
-def switch(cache: KVCache, layer: Index, stack: int | None, branch: Callable[[int, Index], T]) -> T:
-    """Call `branch(stack, index)` with the place of a layer, as `resolve` split it."""
-    if len(cache.stacks) == 1:
-        return branch(0, layer)
-    which, index = jnp.asarray(cache.places, jnp.int32)[layer]
-    if stack is not None:
-        return branch(stack, index)
-    return lax.switch(which, [functools.partial(branch, i) for i in range(len(cache.stacks))], index)

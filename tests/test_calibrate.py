@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxquant import codebooks, quantizers
 from jaxquant.calibrate import allocation, bases, fisher, fit, levels, search, sensitivity, statistics, text
 from jaxquant.methods import turboquant
-from jaxquant.models import decoder as network
+from jaxquant.models import causal
 from jaxquant.models.architecture import from_config
 from jaxquant.models.decoder import Decoder
 
@@ -191,12 +191,12 @@ def test_attention_in_blocks_is_attention(monkeypatch, window):
     mask = jnp.ones((2, 21), bool).at[0, :4].set(False).at[1, 17:].set(False)
 
     def run(x, mask=mask):
-        out = network.causal_attention(x, k, v, mask=mask, scale=0.25, window=window)
+        out = causal.causal_attention(x, k, v, mask=mask, scale=0.25, window=window)
         return jnp.sum(jnp.where(mask[..., None, None], out, 0.0) * v.repeat(2, axis=2)), out
 
-    monkeypatch.setattr(network, "_QUERIES", 8)
+    monkeypatch.setattr(causal, "_QUERIES", 8)
     gradient, blocks = jax.jit(jax.grad(run, has_aux=True))(q)
-    monkeypatch.setattr(network, "_QUERIES", 64)
+    monkeypatch.setattr(causal, "_QUERIES", 64)
     wanted, whole = jax.jit(jax.grad(run, has_aux=True))(q + 0)
     jax.clear_caches()
     close(np.where(mask[..., None, None], blocks, 0), np.where(mask[..., None, None], whole, 0))

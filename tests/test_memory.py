@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxquant import attention, cache
+from jaxquant import _attention, attention, cache
 from jaxquant._kernels import xla
 from jaxquant.methods import turboquant
 
@@ -69,7 +69,7 @@ def test_the_block_size_is_what_decides(block, monkeypatch):
     """Half the block, half the memory: nothing else of that size is there."""
     held, q = shapes()
     monkeypatch.setattr(xla, "BLOCK", block)
-    usage = memory(lambda held, q: attention._decode.__wrapped__(held, jnp.int32(0), 0, q, rule(), ("xla",)), held, q)
+    usage = memory(lambda held, q: _attention.decode.__wrapped__(held, jnp.int32(0), 0, q, rule(), ("xla",)), held, q)
     assert block_bytes() / 2 < usage.temp_size_in_bytes < 1.5 * block_bytes()
 
 
