@@ -26,8 +26,8 @@ def decode(
 
     def attend(which: int, index: Index) -> tuple[Array, Array]:
         held = cache.stacks[which]
-        queries = _rows(q[:, None], held)
-        where = _repeat(position, q.shape[1], held)
+        queries = rows_of(q[:, None], held.keys.sinks.shape[2])
+        where = repeated(position, q.shape[1] // held.keys.sinks.shape[2])
         if chosen[which] == "cuda":
             exact = held.sinks or held.window or cache.spread is not None  # parts are joined in float32
             fused = q.astype(jnp.float32) if exact else q
@@ -45,7 +45,7 @@ def decode(
             keys, values = held.keys.window[index], held.values.window[index]
             parts.append(xla.exact(queries, keys, values, where, token, rule))
         out, lse = xla.merge(parts)
-        return _heads(out, 1)[:, 0].astype(q.dtype), _heads(lse[..., None], 1)[:, 0, :, 0]
+        return heads_of(out, 1)[:, 0].astype(q.dtype), heads_of(lse[..., None], 1)[:, 0, :, 0]
 
     return switch(cache, layer, stack, attend)
 
@@ -75,13 +75,14 @@ def prefill(
 
     def attend(which: int, index: Index) -> tuple[Array, Array]:
         held, old = after.stacks[which], before.stacks[which]
+        kv_heads = held.keys.sinks.shape[2]
         # Entry e of the band is the token at position start - window + e.
         banded = exact or held.window
         band = [_band(old, index, start, x, i) for i, x in enumerate((k, v))] if banded else []
 
         def chunk(first: Int[Array, ""], size: int) -> tuple[Array, Array]:
-            where = _repeat(lax.dynamic_slice_in_dim(position, first, size, axis=1), q.shape[2], held)
-            queries = _rows(lax.dynamic_slice_in_dim(q, first, size, axis=1), held)
+            where = repeated(lax.dynamic_slice_in_dim(position, first, size, axis=1), q.shape[2] // kv_heads)
+            queries = rows_of(lax.dynamic_slice_in_dim(q, first, size, axis=1), kv_heads)
             newest = jnp.minimum(where, start[:, None] - 1) if exact else where
             parts = [xla.coded(held, index, queries, where, exact_from, rule, newest=newest, spread=after.spread)]
             if after.spread is not None:
@@ -99,7 +100,7 @@ def prefill(
                     keys, values = (lax.dynamic_slice_in_dim(x, first, span, axis=2) for x in band)
                     parts.append(xla.exact(queries, keys, values, where, token, rule, window=held.window))
             out, lse = xla.merge(parts)
-            return _heads(out, size).astype(q.dtype), _heads(lse[..., None], size)[..., 0]
+            return heads_of(out, size).astype(q.dtype), heads_of(lse[..., None], size)[..., 0]
 
         if new <= _QUERY_CHUNK:
             return chunk(jnp.int32(0), new)
@@ -133,20 +134,22 @@ def _band(old: Stack, index: Index, start: Array, x: Array, which: int) -> Array
     return jnp.concatenate([past, new.astype(ring.dtype)], axis=2)
 
 
-def _rows(q: Float[Array, "batch new heads dim"], held: Stack) -> Float[Array, "batch kv_heads rows dim"]:
+def rows_of(q: Float[Array, "batch new heads dim"], kv_heads: int) -> Float[Array, "batch kv_heads rows dim"]:
+    """Line up the queries that read one kv head."""
     batch, new, heads, dim = q.shape
-    kv_heads = held.keys.sinks.shape[2]
     rows = q.reshape(batch, new, kv_heads, heads // kv_heads, dim).astype(jnp.float32)
     return jnp.moveaxis(rows, 1, 3).reshape(batch, kv_heads, -1, dim)
 
 
-def _heads(rows: Float[Array, "batch kv_heads rows last"], new: int) -> Float[Array, "batch new heads last"]:
+def heads_of(rows: Float[Array, "batch kv_heads rows last"], new: int) -> Float[Array, "batch new heads last"]:
+    """Undo `rows_of`."""
     batch, kv_heads, _, last = rows.shape
     return jnp.moveaxis(rows.reshape(batch, kv_heads, -1, new, last), 3, 1).reshape(batch, new, -1, last)
 
 
-def _repeat(position: Int[Array, "batch new"], heads: int, held: Stack) -> Int[Array, "batch rows"]:
-    return jnp.tile(position, (1, heads // held.keys.sinks.shape[2]))
+def repeated(position: Int[Array, "batch new"], group: int) -> Int[Array, "batch rows"]:
+    """Give the position of each row of `rows_of`, where `group` query heads share a kv head."""
+    return jnp.tile(position, (1, group))
 
 
 def _joined(steps: Array, new: int) -> Array:

@@ -119,7 +119,7 @@ def append(
         >>> append(init(k, v, pages=4, kv_heads=2), table, length, x, x)[1]
         Array([70], dtype=int32)
     """
-    _check_table(table, length)
+    check_table(table, length)
     count, kv_heads, page = pages.shape
     for name, x in {"k": k, "v": v}.items():
         if x.shape != (table.shape[0], k.shape[1], kv_heads, pages.keys.dim):
@@ -188,24 +188,15 @@ def decode_attention_paged(
         >>> decode_attention_paged(jnp.ones((1, 8, 64)), pages, table, length)[0].shape
         (1, 8, 64)
     """
-    _check_table(table, length)
+    check_table(table, length)
     kv_heads, dim = pages.shape[1], pages.keys.dim
     if q.shape[0] != table.shape[0] or q.shape[2] != dim or not q.shape[1] or q.shape[1] % kv_heads:
         raise ValueError(
             f"q must have shape [batch, heads, dim] = [{table.shape[0]}, a multiple of {kv_heads}, {dim}], "
             f"got {list(q.shape)}"
         )
-    if isinstance(soft_cap, int | float | np.number) and not soft_cap > 0:
-        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
-    if isinstance(sliding_window, int | np.integer) and sliding_window < 1:
-        raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
     chosen = _choose(implementation, pages, q.shape[1] // kv_heads)
-    rule = xla.Rule(
-        scale=jnp.asarray(dim**-0.5 if scale is None else scale, jnp.float32),
-        soft_cap=None if soft_cap is None else jnp.asarray(soft_cap, jnp.float32),
-        sliding_window=None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32),
-        visible=None,
-    )
+    rule = attention_rule(pages, scale, soft_cap, sliding_window)
     return _decode(q, pages, table, length, rule, chosen)
 
 
@@ -245,11 +236,11 @@ def _decode(
         quantizers, codes = (pages.keys, pages.values), (pages.key_codes, pages.value_codes)
         part = pallas.attend(quantizers, codes, rows, position, jnp.zeros_like(length), rule, table=table)
     else:
-        part = _gathered(rows, pages, table, position, rule)
+        part = gathered(rows, pages, table, position, rule)
     return part.out.reshape(q.shape).astype(q.dtype), part.lse.reshape(q.shape[:2])
 
 
-def _gathered(rows: Array, pages: Pages, table: Array, position: Array, rule: xla.Rule) -> xla.Partial:
+def gathered(rows: Array, pages: Pages, table: Array, position: Array, rule: xla.Rule) -> xla.Partial:
     """Gather a few pages of every row at a time, attend to them as to a short cache, and merge."""
     _, kv_heads, page = pages.shape
     batch, dim = rows.shape[0], rows.shape[3]
@@ -280,8 +271,23 @@ def _gathered(rows: Array, pages: Pages, table: Array, position: Array, rule: xl
     return lax.fori_loop(first, stop, body, start)
 
 
-def _check_table(table: Array, length: Array) -> None:
+def check_table(table: Array, length: Array) -> None:
+    """Refuse a table and lengths that do not fit each other."""
     if length.shape != table.shape[:1]:
         raise ValueError(f"length must have one entry a row of table, {table.shape[0]}, got {list(length.shape)}")
     if not table.shape[1]:
         raise ValueError("table must have at least one page for each row")
+
+
+def attention_rule(pages: Pages, scale: Number | None, soft_cap: Number | None, sliding_window: Any) -> xla.Rule:
+    """Say what a query sees, and how it is scored."""
+    if isinstance(soft_cap, int | float | np.number) and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
+    if isinstance(sliding_window, int | np.integer) and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
+    return xla.Rule(
+        scale=jnp.asarray(pages.keys.dim**-0.5 if scale is None else scale, jnp.float32),
+        soft_cap=None if soft_cap is None else jnp.asarray(soft_cap, jnp.float32),
+        sliding_window=None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32),
+        visible=None,
+    )
