@@ -63,6 +63,7 @@ def on_page_markdown(text: str, page: Any, **_: Any) -> str:
             return match[0]  # a page that is made here, or a mistake: mkdocs knows
         return match[1] + posixpath.relpath(site(target), posixpath.dirname(uri) or ".") + match[3]
 
+    text = text.replace("<!-- scripts -->", scripts())
     return FENCE.sub(r"```\1", LINK.sub(led, text))
 
 
@@ -181,6 +182,15 @@ def commands() -> str:
     found = typer.main.get_command(cli.app)
     text = "Exit status 0; 1 with one line on standard error; 2 for wrong usage. Progress goes to standard error."
     return "\n".join(["# Command line", "", text, "", *shown(found, "jaxquant")])
+
+
+def scripts() -> str:
+    """List tests/bench in the words of its files."""
+    lines = ["| script | measures |", "|---|---|"]
+    for path in sorted((ROOT / "tests" / "bench").glob("*.py")):
+        said = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+        lines.append(f"| `tests/bench/{path.name}` | {said} |")
+    return "\n".join(lines)
 
 
 def papers() -> str:
