@@ -52,7 +52,9 @@ def test_nothing_that_comes_in_makes_nan_come_out(x: np.ndarray) -> None:
 
 def test_a_broken_quantizer_is_noticed() -> None:
     broken = dataclasses.replace(QUANTIZER, dither=-QUANTIZER.dither)  # a flipped sign
-    assert not errs_by_less_than_a_step(np.random.default_rng(0).normal(size=(64, DIM)).astype(np.float32), decoder=broken)
+    assert not errs_by_less_than_a_step(
+        np.random.default_rng(0).normal(size=(64, DIM)).astype(np.float32), decoder=broken
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ FUNCTIONS = ("kv", "pipeline", "fit")
 _HEAD = """# Methods
 
 Every file of `jaxquant/methods`, as `jaxquant methods --markdown` prints this page. A file says what it does, where it
-comes from and where it differs; `jaxquant methods` shows that too.
+comes from and where it differs from it.
 
 Bytes are those of a key and a value of 128 coordinates in a cache, for one kv head, with everything that is held;
 pipelines are counted at a capacity of 1,024 tokens. Encoding and decoding are floating-point operations for each
@@ -48,7 +48,6 @@ class Method(NamedTuple):
         summary: its first line.
         source: authors, title and arXiv id.
         differs: from the source.
-        text: all that the file says of itself.
         builders: for each setting, "" for the usual one, a function that builds it.
     """
 
@@ -56,7 +55,6 @@ class Method(NamedTuple):
     summary: str
     source: str
     differs: str
-    text: str
     builders: dict[str, Callable[..., Any]]
 
 
@@ -179,7 +177,6 @@ def read(name: str, module: ModuleType) -> Method:
         summary=text.partition("\n")[0],
         source=_section(text, "References:"),
         differs=_section(text, "Differs from the paper"),
-        text=text,
         builders=dict(zip(("",), usual, strict=False)) | getattr(module, "VARIANTS", {}),
     )
 

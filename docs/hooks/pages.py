@@ -74,9 +74,9 @@ def site(path: str) -> str:
         >>> site("docs/kernels.md"), site("jaxquant/methods/h2o.py"), site("README.md")
         ('kernels.md', 'methods/h2o.md', 'index.md')
     """
-    for uri, source in MOVED.items():
-        if path == source:
-            return uri
+    made = {source: uri for uri, source in MOVED.items()} | {"docs/references.bib": "references.md"}
+    if path in made:
+        return made[path]
     folder, name = posixpath.split(path)
     if folder == "jaxquant/methods":
         return f"methods/{Path(name).stem}.md"
@@ -112,6 +112,7 @@ def example(path: Path) -> str:
     """Show a script below what it says of itself."""
     code = path.read_text(encoding="utf-8")
     title, _, rest = (ast.get_docstring(ast.parse(code)) or "").partition("\n")
+    rest = re.sub(r"^(?=python )", "    ", rest, flags=re.MULTILINE)  # commands
     body = code.split('"""', 2)[2].strip()
     return f"# {title.rstrip('.')}\n{rest}\n\n`examples/{path.name}`\n\n```python\n{body}\n```\n"
 
@@ -142,7 +143,9 @@ def rows(document: str, column: int, start: str, section: str = "") -> Iterator[
 
 def module(name: str) -> str:
     """Show a module."""
-    also = [f"::: {path}\n    options: {{heading_level: 2, show_root_full_path: false}}\n" for path in ALSO.get(name, [])]
+    also = [
+        f"::: {path}\n    options: {{heading_level: 2, show_root_full_path: false}}\n" for path in ALSO.get(name, [])
+    ]
     return "\n".join([f"::: {name}\n", *also])
 
 
@@ -175,8 +178,8 @@ def commands() -> str:
         yield from ("| option | |", "|---|---|")
         for p in command.params:
             said = (getattr(p, "help", None) or "").replace("|", "\\|")
-            name = ", ".join(f"`{option}`" for option in p.opts) if p not in arguments else f"`{(p.name or '').upper()}`"
-            yield f"| {name} | {said} |"
+            names = [(p.name or "").upper()] if p in arguments else p.opts
+            yield f"| {', '.join(f'`{name}`' for name in names)} | {said} |"
         yield ""
 
     found = typer.main.get_command(cli.app)
@@ -203,10 +206,10 @@ def papers() -> str:
 
 
 def entries(text: str) -> list[dict[str, str]]:
-    """Read a BibTeX file in which every field has a line of its own.
+    r"""Read a BibTeX file in which every field has a line of its own.
 
     Example:
-        >>> entries("@misc{key,\\n  title = {T},\\n}")
+        >>> entries("@misc{key,\n  title = {T},\n}")
         [{'title': 'T'}]
     """
     return [
