@@ -5,8 +5,9 @@ coordinates that are uncorrelated, cost the same a unit, and are sorted by what 
 less weighted error at equal rate, for normal vectors at high rate (reverse water-filling).
 
 References:
-    Salfati, "fraQtl", arXiv:2604.11501 (the values' eigenbasis weighted by attention); "OSCAR", arXiv:2605.17757 (keys
-    rotated by the statistics of queries); T. Berger, "Rate distortion theory", 1971 (reverse water-filling).
+    S. Salfati, "Quantization dominates rank reduction for KV-cache compression", arXiv:2604.11501 (the values'
+    eigenbasis weighted by attention); "OSCAR", arXiv:2605.17757 (keys rotated by the statistics of queries); T. Berger,
+    "Rate distortion theory", 1971 (reverse water-filling).
 """
 
 from typing import NamedTuple

@@ -1,9 +1,10 @@
 """What a calibrated code is compared with: directions deleted, directions set apart, and INT4 a channel.
 
 References:
-    Salfati, "fraQtl", arXiv:2604.11501: at equal bytes, quantizing all directions beats deleting some, because what is
-    deleted may decide which token attention looks at. In a direction of amplitude a, deletion costs a^2 and a uniform
-    quantizer of b bits over -a..a costs a^2 / (3 * 2^(2b)), in any metric that is quadratic in the error.
+    S. Salfati, "Quantization dominates rank reduction for KV-cache compression", arXiv:2604.11501: at equal bytes,
+    quantizing all directions beats deleting some, because what is deleted may decide which token attention looks at. In
+    a direction of amplitude a, deletion costs a^2 and a uniform quantizer of b bits over -a..a a^2 / (3 * 2^(2b)), in
+    any metric that is quadratic in the error.
 
 Differs from the paper: directions that are set apart hold 6 bits in place of 16, which costs as much as 16 in
 perplexity and less in bytes; the levels are fitted to samples.

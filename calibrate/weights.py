@@ -6,7 +6,8 @@ that of W_V times what W_O makes of it, plus that of W_O times the size of the v
 that the rank falls exactly where that is cheapest.
 
 References:
-    Salfati, "fraQtl", arXiv:2604.11501 (quantize the values' eigenbasis instead of cutting it off).
+    S. Salfati, "Quantization dominates rank reduction for KV-cache compression", arXiv:2604.11501 (quantize the values'
+    eigenbasis instead of cutting it off).
     A. Zandieh, M. Daliri, M. Hadian, V. Mirrokni, "TurboQuant", arXiv:2504.19874 (the code of a vector).
 """
 

@@ -4,12 +4,13 @@ import contextlib
 import mmap
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 
 @contextlib.contextmanager
-def opened(source) -> Iterator[memoryview]:
+def opened(source: Any) -> Iterator[memoryview]:
     """Give a view of the bytes of a source while it is needed.
 
     Args:

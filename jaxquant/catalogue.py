@@ -26,7 +26,8 @@ from jaxquant.pipeline import Pipeline
 FUNCTIONS = ("kv", "pipeline", "fit")
 _HEAD = """# Methods
 
-Every file of `jaxquant/methods`, in the words of its own docstring, as `jaxquant methods --markdown` prints it.
+Every file of `jaxquant/methods`, as `jaxquant methods --markdown` prints this page. A file says what it does, where it
+comes from and where it differs from it.
 
 Bytes are those of a key and a value of 128 coordinates in a cache, for one kv head, with everything that is held;
 pipelines are counted at a capacity of 1,024 tokens. Encoding and decoding are floating-point operations for each
@@ -34,7 +35,7 @@ coordinate, as XLA counts them before it optimizes; sines and logarithms, which 
 nor is what is paid once a query. [Measured side by side](methods-compared.md) they are elsewhere.
 
 A method with `kv` or `pipeline` builds for any model, one with `fit` from statistics of the model:
-`jaxquant eval --method NAME` does either.
+`jaxquant eval --method NAME` does either. The others are for streams and guidance, which are no caches.
 """
 _DIM, _CAPACITY, _TOKENS = 128, 1024, 64
 
@@ -47,7 +48,6 @@ class Method(NamedTuple):
         summary: its first line.
         source: authors, title and arXiv id.
         differs: from the source.
-        text: all that the file says of itself.
         builders: for each setting, "" for the usual one, a function that builds it.
     """
 
@@ -55,7 +55,6 @@ class Method(NamedTuple):
     summary: str
     source: str
     differs: str
-    text: str
     builders: dict[str, Callable[..., Any]]
 
 
@@ -152,20 +151,21 @@ def page() -> str:
         >>> page().splitlines()[0]
         '# Methods'
     """
-    found = entries().values()
     table = [
-        "| method | bytes per token | encode | decode | built by |",
-        "|---|---|---|---|---|",
+        "| method | what it does | bytes per token | encode | decode | built by |",
+        "|---|---|---|---|---|---|",
     ]
-    sections = []
-    for entry in found:
+    for entry in entries().values():
+        link = f"[{entry.name}](../jaxquant/methods/{entry.name}.py)"
+        if not entry.builders:
+            table.append(f"| {link} | {entry.summary} | | | | |")
         for variant, builder in entry.builders.items():
             counted = cost(builder)
-            name = f"[{entry.name}](#{entry.name})" + (f", {variant}" if variant else "")
+            name, summary = (f"{link}, {variant}", "") if variant else (link, entry.summary)
             size = f"{counted.bytes_per_token:.1f} at {counted.bits} bits"
-            table.append(f"| {name} | {size} | {counted.encode:.0f} | {counted.decode:.0f} | `{builder.__name__}` |")
-        sections += [f"## {entry.name}", "", _plain(entry.text), ""]
-    return "\n".join([_HEAD, *table, "", *sections]).rstrip() + "\n"
+            operations = f"{counted.encode:.0f} | {counted.decode:.0f}"
+            table.append(f"| {name} | {summary} | {size} | {operations} | `{builder.__name__}` |")
+    return "\n".join([_HEAD, *table]) + "\n"
 
 
 def read(name: str, module: ModuleType) -> Method:
@@ -177,15 +177,8 @@ def read(name: str, module: ModuleType) -> Method:
         summary=text.partition("\n")[0],
         source=_section(text, "References:"),
         differs=_section(text, "Differs from the paper"),
-        text=text,
         builders=dict(zip(("",), usual, strict=False)) | getattr(module, "VARIANTS", {}),
     )
-
-
-def _plain(text: str) -> str:
-    """Take the indentation off the sources, which Markdown would print as code."""
-    before, title, after = text.partition("References:\n")
-    return before + title + re.sub(r"^    ", "", after, flags=re.MULTILINE)
 
 
 def _section(text: str, title: str) -> str:

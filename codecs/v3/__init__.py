@@ -1,6 +1,6 @@
 """QATC v3: named tensors of any number format in one file, smaller than raw, readable by ranges of tokens.
 
-The byte-level specification and its threat model are docs/qatc-v3.md.
+The byte-level specification is docs/qatc-v3.md, the threat model docs/threat-model.md.
 """
 
 import io

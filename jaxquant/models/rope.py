@@ -64,9 +64,10 @@ def rotate(
         positions: position of each token in its row, from 0.
         rope: the speeds.
 
-    >>> x = jnp.ones((1, 2, 1, 2))
-    >>> [f"{value:.2f}" for value in rotate(x, jnp.array([[0, 1]]), Rope())[0, 1, 0]]
-    ['-0.30', '1.38']
+    Example:
+        >>> x = jnp.ones((1, 2, 1, 2))
+        >>> [f"{value:.2f}" for value in rotate(x, jnp.array([[0, 1]]), Rope())[0, 1, 0]]
+        ['-0.30', '1.38']
     """
     angles = positions[..., None].astype(jnp.float32) * rope.frequencies(x.shape[-1])
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
