@@ -25,6 +25,7 @@ ARGUMENTS = {
 }
 LONG = {
     "guided_sampling": "--train 4 --steps 3",
+    "serve": "--requests 3 --new 4",
     "nearest_neighbours": "--base 500 --queries 20 --dims 48",
     "train_packed": "--steps 4 --layers 2",
 }
