@@ -7,6 +7,7 @@ its other required arguments are the names of attributes of `calibrate.statistic
 of their own are in the dictionary `VARIANTS`.
 """
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -108,6 +109,7 @@ def wanted(builder: Callable[..., Any]) -> list[str]:
     return [p.name for p in asked if p.name not in usual]
 
 
+@functools.cache
 def cost(builder: Callable[..., Any], *, dim: int = _DIM, bits: int = 4) -> Cost:
     """Count what a builder's result costs, without running it.
 
