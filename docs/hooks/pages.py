@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
 from mkdocs.structure.files import File, Files
 
@@ -121,7 +120,7 @@ def method(name: str) -> str:
     """Show a file of methods, what it costs, and what was measured of it."""
     lines = [f"::: jaxquant.methods.{name}", ""]
     costs = list(rows("methods.md", 0, f"[{name}]"))
-    if len(costs) > 2:
+    if any(" bits " in row for row in costs[2:]):
         lines += ["## What it costs", "", "What is counted: [all methods](../methods.md).", "", *costs, ""]
     for title in ("A 28M-parameter llama", "Built-in model"):
         measured = list(rows("methods-compared.md", 1, name, title))
@@ -167,18 +166,24 @@ def commands() -> str:
     """Show every command with its arguments and options, as `--help` does."""
     from jaxquant import cli
 
-    def shown(command: click.Command, path: str) -> Iterator[str]:
-        if isinstance(command, click.Group):
-            for name, part in command.commands.items():
-                yield from shown(part, f"{path} {name}")
+    def shown(command: Any, path: str) -> Iterator[str]:
+        for name, part in getattr(command, "commands", {}).items():
+            yield from shown(part, f"{path} {name}")
+        if hasattr(command, "commands"):
             return
-        arguments = [p for p in command.params if p.param_type_name == "argument"]
-        usage = " ".join([path, *(p.make_metavar(click.Context(command)) for p in arguments), "[OPTIONS]"])
-        yield from (f"## {path}", "", (command.help or "").strip(), "", f"    {usage}", "")
+        named = {p: [(p.name or "").upper()] if p.param_type_name == "argument" else p.opts for p in command.params}
+        arguments = [names[0] for p, names in named.items() if p.param_type_name == "argument"]
+        yield from (
+            f"## {path}",
+            "",
+            (command.help or "").strip(),
+            "",
+            f"    {' '.join([path, *arguments])} [OPTIONS]",
+            "",
+        )
         yield from ("| option | |", "|---|---|")
-        for p in command.params:
+        for p, names in named.items():
             said = (getattr(p, "help", None) or "").replace("|", "\\|")
-            names = [(p.name or "").upper()] if p in arguments else p.opts
             yield f"| {', '.join(f'`{name}`' for name in names)} | {said} |"
         yield ""
 
