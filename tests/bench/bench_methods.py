@@ -106,9 +106,10 @@ def settings(options: argparse.Namespace, held: "Text") -> list[tuple[str, Calla
         chosen["fisher, gradients"] = partial(fisher.pipeline, scorer=held.information())
     anchor = chosen.pop(ANCHOR)
     work = [(ANCHOR, anchor, bits) for bits in sorted({*ANCHORED, *options.bits})]
-    for name, builder in sorted(chosen.items()):
-        work += [(name, builder, bits) for bits in options.bits]
-        work += [(name, builder, 8) for served in SERVED if name.partition(",")[0] == served and 8 not in options.bits]
+    for bits in options.bits:
+        work += [(name, builder, bits) for name, builder in sorted(chosen.items())]
+    if 8 not in options.bits:
+        work += [(name, builder, 8) for name, builder in sorted(chosen.items()) if name.partition(",")[0] in SERVED]
     return work
 
 
