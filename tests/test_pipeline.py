@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+import tiny_llama
 
 from jaxquant import attention, cache, evaluate, models, pipeline, quantizers, strategies
 from jaxquant._pytree import pytree
 from jaxquant.methods import csa_hca, delta, h2o, kivi, knorm, palm, snapkv, stability, streamingllm, tiered, turboquant
-from jaxquant.models.architecture import from_config
-from jaxquant.models.decoder import Decoder
 from jaxquant.pipeline import Pipeline
 
 B, T, H, G, D = 2, 21, 2, 2, 16
@@ -491,11 +489,7 @@ def test_the_entropy_a_monitor_sees_is_that_of_the_weights():
 
 @pytest.fixture(scope="module")
 def decoder():
-    config = {
-        "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "head_dim": D,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "initializer_range": 1.0,
-    }  # fmt: skip
-    return Decoder(from_config(config), rngs=nnx.Rngs(0))
+    return tiny_llama.decoder(initializer_range=1.0)
 
 
 def test_a_decoder_scores_and_generates_over_a_pipeline(decoder):
