@@ -161,6 +161,51 @@ class PipelineCache:
             self, state=state, exact=None if self.exact is None else cache.reorder(self.exact, rows)
         )
 
+    def crop(self, length: int | Integer[np.ndarray, "*batch"]) -> "PipelineCache":
+        """Forget every token from position `length` on, as `cache.crop` does; not under `jit`.
+
+        Tokens that left stay coded. If what remains is longer than the window behind them, it is as if the tokens had
+        never come; a shorter rest has fewer exact tokens than it would have had.
+
+        Args:
+            length: tokens to keep, one number or one a row; rows that are shorter stay as they are.
+
+        Raises:
+            ValueError: scorer or monitor has watched the attention of the tokens to forget, or some of these have left
+                the exact window: fork with `reorder` before they come instead.
+
+        Example:
+            >>> from jaxquant.methods import turboquant
+            >>> k, v = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=4)
+            >>> c = init(Pipeline(keys=k, values=v, block=8), layers=1, batch=1, kv_heads=1, capacity=64)
+            >>> x = jnp.ones((1, 20, 1, 64))
+            >>> c.attend(x, x, x, 0)[2].crop(18).length
+            Array([[18]], dtype=int32)
+        """
+        scorer, monitor = self.pipeline.scorer, self.pipeline.monitor
+        watcher = scorer if isinstance(scorer, AttentiveScorer) else monitor
+        if watcher is not None:
+            raise ValueError(
+                f"{type(watcher).__name__} has watched the attention of tokens to forget, which cannot be taken back: "
+                "fork with reorder before they come"
+            )
+        if np.shape(length) not in ((), (self.batch,)):
+            raise ValueError(
+                f"length must be one number or {self.batch}, one a row, got shape {list(np.shape(length))}"
+            )
+        kept = np.clip(np.asarray(length, np.int32), 0, np.asarray(self.state.length))
+        start = np.asarray(self.state.start)
+        if np.any((kept < start) & (start > self.state.sinks[0].shape[3])):
+            raise ValueError(
+                f"length must be at least {start.max(axis=0).tolist()}, one for each row, got {length}: earlier tokens "
+                "have left the exact window"
+            )
+        return dataclasses.replace(
+            self,
+            state=dataclasses.replace(self.state, length=jnp.asarray(kept)),
+            exact=None if self.exact is None else cache.crop(self.exact, jnp.asarray(length, jnp.int32)),
+        )
+
 
 def init(
     pipeline: Pipeline,

@@ -6,23 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+import tiny_llama
+from tiny_llama import DIM, HEADS, KV_HEADS, LAYERS, VOCABULARY
 
 from jaxquant import quantizers
 from jaxquant.calibrate import bases, fit, head_types, rank, refine, statistics
-from jaxquant.models.architecture import from_config
-from jaxquant.models.decoder import Decoder
-
-DIM, HEADS, KV_HEADS, LAYERS, VOCABULARY = 16, 4, 2, 2, 64
 
 
 @pytest.fixture(scope="module")
 def decoder():
-    config = {
-        "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "head_dim": DIM,
-        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "num_hidden_layers": LAYERS,
-    }  # fmt: skip
-    return Decoder(from_config(config), rngs=nnx.Rngs(0))
+    return tiny_llama.decoder()
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,10 @@ def test_a_gate_compares_then_shares_then_compares_again():
     for out, size in zip(outs, sizes, strict=True):
         assert np.array_equal(out, 2 * near if size == 2 else guidance.pair(2 * x))
     assert follow(far, 4)[1] == [2, 2, 2, 2]
+    first, second = np.asarray(near, np.float64).reshape(2, -1)
+    cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+    assert np.isclose(step(gate.init(), near)[0].similarity, cosine, atol=1e-6)
+    assert cosine < 1 - 1e-5
 
 
 def test_a_gate_inside_sampling_agrees_with_no_gate_until_it_shares():

@@ -21,8 +21,8 @@ import pytest
 
 from jaxquant import attention, cache, methods, protocols, quantizers, rotations
 from jaxquant._pytree import pytree, static
+from jaxquant.diffusion.guidance import Gate
 from jaxquant.methods import uniform
-from jaxquant.methods.cfg_sharing import Sharing
 from jaxquant.pipeline import Pipeline
 from jaxquant.streams import Stream
 
@@ -287,7 +287,7 @@ def test_quantizer(name, check):
 
 def test_every_example_satisfies_a_protocol():
     assert len(MODULES) >= 9
-    composed = (Pipeline, Stream, Sharing)
+    composed = (Pipeline, Stream, Gate)
     for name, example in EXAMPLES.items():
         assert any(isinstance(example, kind) for kind in (*PROTOCOLS, *composed)), f"{name} satisfies no protocol"
     assert not any(isinstance(object(), kind) for kind in PROTOCOLS)

@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+import tiny_llama
 
 from jaxquant import attention, cache, evaluate, models, pipeline, quantizers, strategies
 from jaxquant._pytree import pytree
-from jaxquant.methods import csa_hca, h2o, kivi, knorm, palm, snapkv, stability, streamingllm, tiered, turboquant
-from jaxquant.models.architecture import from_config
-from jaxquant.models.decoder import Decoder
+from jaxquant.methods import csa_hca, delta, h2o, kivi, knorm, palm, snapkv, stability, streamingllm, tiered, turboquant
 from jaxquant.pipeline import Pipeline
 
 B, T, H, G, D = 2, 21, 2, 2, 16
@@ -168,6 +166,82 @@ def test_rows_are_reordered_with_all_they_hold():
     close(other[0], out[1])
     close(other[1], out[1])
     assert different(out[0], out[1])
+
+
+def appending():
+    keys, values = turboquant.kv(jax.random.key(0), dim=D, bits_k=3, bits_v=3)
+    return Pipeline(keys=keys, values=values, block=4)
+
+
+CROPPED = {
+    "append": appending,
+    "kivi": lambda: kivi.pipeline(jax.random.key(0), dim=D, bits_k=2, bits_v=2, group=4),
+    "delta": lambda: delta.pipeline(jax.random.key(0), dim=D, bits_k=3, bits_v=3, group=4),
+    "knorm": lambda: knorm.pipeline(jax.random.key(0), dim=D, bits_k=3, bits_v=3, block=4),
+    "palm": lambda: palm.pipeline(jax.random.key(0), dim=D, bits_k=3, bits_v=3, block=4),
+    "csa_hca": lambda: csa_hca.pipeline(jax.random.key(0), dim=D, bits_k=3, bits_v=3, fine=2, top=2, block=4),
+}
+
+
+@pytest.mark.parametrize("name", CROPPED)
+def test_after_a_crop_it_is_as_if_the_tokens_had_never_come(name):
+    length = np.array([20, 19])
+    settings = {"window": 4, "sinks": 2, "layers": 2, "exact_layers": (1,), "capacity": 40}
+    q, k, v = tensors(seed=3)
+    held = fresh = made(CROPPED[name](), **settings)
+    mask = np.arange(T) < length[:, None]
+    for layer in (0, 1):
+        held = held.attend(Q, K, V, layer)[2]
+        fresh = fresh.attend(Q, K, V, layer, mask=jnp.asarray(mask))[2]
+    dropped, held = held, held.crop(length)
+    assert held.length.tolist() == [[20, 19]] * 2
+    for size in (1, 12):
+        for layer in (0, 1):
+            new = slice(size)
+            out, _, held = held.attend(q[:, new], k[:, new], v[:, new], layer)
+            expected, _, fresh = fresh.attend(q[:, new], k[:, new], v[:, new], layer)
+            close(out, expected)
+            other, _, dropped = dropped.attend(q[:, new], k[:, new], v[:, new], layer)
+            assert different(out, other)
+    assert np.array_equal(held.length, fresh.length)
+    assert np.array_equal(held.state.start, fresh.state.start)
+
+
+def test_a_crop_into_the_window_leaves_the_codes():
+    p = appending()
+    _, held = run(p, window=4, sinks=2)
+    start = int(held.state.start[0, 0])
+    assert start == 14
+    cropped = held.crop(start)
+    out = np.asarray(cropped.attend(Q[:, start : start + 1], K[:, start : start + 1], V[:, start : start + 1], 0)[0])
+    coded = [quantizers.dequantize(half, quantizers.quantize(half, x)) for half, x in ((p.keys, K), (p.values, V))]
+    k, v = (
+        np.concatenate([x[:, :2], y[:, 2:start], x[:, start : start + 1]], axis=1).astype(np.float64)
+        for x, y in zip((K, V), coded, strict=True)
+    )
+    query = np.asarray(Q[:, start], np.float64).reshape(B, H, G, D)
+    scores = np.einsum("bhgd,bthd->bhgt", query, k) * D**-0.5
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bhgt,bthd->bhgd", weights / weights.sum(-1, keepdims=True), v)
+    close(out[:, 0], expected.reshape(B, H * G, D))
+    assert held.crop(99).length.tolist() == [[T, T]]
+    assert held.crop(20).length.tolist() == [[20, 20]]
+    early = run(p, cuts=(9,), window=4, sinks=2)[1]
+    assert early.crop(1).length.tolist() == [[1, 1]]  # nothing has left yet
+
+
+def test_what_cannot_be_taken_back_is_not_cropped():
+    _, held = run(appending(), window=4, sinks=2)
+    with pytest.raises(ValueError, match=r"length must be at least \[14, 14\].* got 13: earlier tokens have left"):
+        held.crop(13)
+    with pytest.raises(ValueError, match=r"one number or 2, one a row, got shape \[3\]"):
+        held.crop(np.array([14, 14, 14]))
+    for p, name in (
+        (h2o.pipeline(jax.random.key(0), dim=D, bits_k=3, bits_v=3, block=4), "Mass"),
+        (dataclasses.replace(appending(), monitor=stability.Stability()), "Stability"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} has watched the attention of tokens to forget"):
+            run(p)[1].crop(20)
 
 
 def test_kivi_codes_keys_by_channel_and_values_by_token():
@@ -415,11 +489,7 @@ def test_the_entropy_a_monitor_sees_is_that_of_the_weights():
 
 @pytest.fixture(scope="module")
 def decoder():
-    config = {
-        "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "head_dim": D,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "initializer_range": 1.0,
-    }  # fmt: skip
-    return Decoder(from_config(config), rngs=nnx.Rngs(0))
+    return tiny_llama.decoder(initializer_range=1.0)
 
 
 def test_a_decoder_scores_and_generates_over_a_pipeline(decoder):

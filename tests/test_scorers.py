@@ -1,4 +1,4 @@
-"""Scorers, exponents, streams and shared guidance against float64 NumPy and against theory."""
+"""Scorers, exponents and streams against float64 NumPy and against theory."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,6 @@ import pytest
 from jaxquant import quantizers, streams
 from jaxquant.methods import (
     bsa,
-    cfg_sharing,
     delta,
     delta2,
     dense_sparse,
@@ -367,7 +366,7 @@ def test_no_code_is_older_than_its_staleness_and_the_farthest_tokens_go_first():
     assert streams.step(least, state, x[1])[1].place.shape == (1, 2, 4)
 
 
-# --- outliers, guidance
+# --- outliers
 
 
 def test_outliers_are_stored_by_themselves():
@@ -388,38 +387,3 @@ def test_outliers_are_stored_by_themselves():
     assert code.nbytes == 200 * (64 * 2 // 8 + 2 + 2 * 3)
     with pytest.raises(ValueError, match="count must be from 1 to dim = 64, got 65"):
         dense_sparse.kv(jax.random.key(0), dim=64, bits_k=2, bits_v=2, count=65)
-
-
-def test_shared_guidance_does_half_the_work():
-    weight = jax.random.normal(jax.random.key(0), (64, 64))
-
-    def block(x):
-        weights = jax.nn.softmax(x @ weight @ jnp.swapaxes(x, -1, -2))
-        return weights @ x
-
-    x = jax.random.normal(jax.random.key(1), (2, 3, 32, 64))
-
-    def flops(function):
-        return jax.jit(function).lower(x).compile().cost_analysis()["flops"]  # pyright: ignore[reportOptionalSubscript]
-
-    assert flops(lambda x: cfg_sharing.share(block, x)) == pytest.approx(0.5 * flops(block), rel=0.02)
-    out = cfg_sharing.share(block, x)
-    np.testing.assert_allclose(out[0], block(x)[0], rtol=1e-5)
-    np.testing.assert_array_equal(out[0], out[1])
-    with pytest.raises(ValueError, match="as its first axis"):
-        cfg_sharing.share(block, x[:1])
-
-
-def test_guidance_is_shared_while_the_halves_are_alike_and_measured_again_in_time():
-    sharing = cfg_sharing.Sharing(threshold=jnp.float32(0.9), steps=jnp.int32(2))
-    alike = jnp.ones((2, 4)) + jnp.array([[0.0], [0.1]]) * jnp.arange(4.0)
-    unlike = jnp.stack([jnp.ones(4), -jnp.ones(4)])
-    step = jax.jit(lambda state, x: cfg_sharing.gate(sharing, state, lambda x: 2 * x, x))
-    state, shared = sharing.init(), []
-    for x in (alike, alike, alike, unlike, unlike, alike):
-        state, out = step(state, x)
-        shared.append(bool((out[0] == out[1]).all()))
-    assert shared == [False, True, True, False, False, False]
-    assert float(state.cosine) == pytest.approx(
-        float(jnp.dot(alike[0], alike[1]) / jnp.linalg.norm(alike[0]) / jnp.linalg.norm(alike[1])), abs=1e-5
-    )

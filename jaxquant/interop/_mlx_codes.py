@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from jaxquant.interop import _tables
-from jaxquant.interop._tables import FIELDS
+from jaxquant.interop._tables import packed_fields, unpacked_fields
 from jaxquant.quantizers import Exact, Scalar
 
 _TINY, _EPS = 2.0**-126, 2.0**-23
@@ -126,19 +126,9 @@ class ScalarCodes(Mlx):
 
 def pack(codes: mx.array, bits: int) -> mx.array:
     """Pack codes along the last axis: `jaxquant.packing.pack`."""
-    whole = codes.shape[-1] // 8 * 8
-    parts, shift = [], 0
-    for width in FIELDS[bits]:
-        plane = whole * width // 8
-        field = (codes[..., :whole] >> shift) & (2**width - 1)
-        packed = field[..., :plane]
-        for p in range(1, 8 // width):
-            packed = packed | (field[..., p * plane : (p + 1) * plane] << (width * p))
-        parts.append(packed)
-        shift += width
-    if codes.shape[-1] > whole:
-        rest = codes.shape[-1] - whole
-        stream = (codes[..., whole:, None] >> _arange(bits)) & 1
+    parts, rest = packed_fields(codes, bits), codes.shape[-1] % 8
+    if rest:
+        stream = (codes[..., -rest:, None] >> _arange(bits)) & 1
         stream = stream.reshape(*codes.shape[:-1], rest * bits)
         stream = mx.pad(stream, [(0, 0)] * (codes.ndim - 1) + [(0, -rest * bits % 8)])
         octets = stream.reshape(*codes.shape[:-1], -(-rest * bits // 8), 8) << _arange(8)
@@ -148,18 +138,10 @@ def pack(codes: mx.array, bits: int) -> mx.array:
 
 def unpack(packed: mx.array, bits: int, length: int) -> mx.array:
     """Undo `pack`."""
-    whole = length // 8 * 8
-    codes, start, shift = None, 0, 0
-    for width in FIELDS[bits]:
-        plane = whole * width // 8
-        part = packed[..., start : start + plane]
-        field = mx.concatenate([(part >> (width * p)) & (2**width - 1) for p in range(8 // width)], axis=-1)
-        codes = field if codes is None else codes | (field << shift)
-        start, shift = start + plane, shift + width
-    assert codes is not None
-    if length > whole:
-        rest, lead = length - whole, packed.shape[:-1]
-        stream = ((packed[..., start:, None] >> _arange(8)) & 1).reshape(*lead, (packed.shape[-1] - start) * 8)
+    codes, last = unpacked_fields(packed, bits, length, lambda parts: mx.concatenate(parts, axis=-1))
+    if rest := length % 8:
+        lead = packed.shape[:-1]
+        stream = ((last[..., None] >> _arange(8)) & 1).reshape(*lead, last.shape[-1] * 8)
         stream = stream[..., : rest * bits].reshape(*lead, rest, bits) << _arange(bits)
         codes = mx.concatenate([codes, stream.sum(axis=-1).astype(mx.uint8)], axis=-1)
     return codes

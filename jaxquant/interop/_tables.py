@@ -1,5 +1,8 @@
 """A `quantizers.Scalar` as plain arrays, for frameworks that code with arithmetic of their own."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,34 @@ from jaxquant.quantizers import Scalar
 
 FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Widths of the fields that codes of so many bits are split into: see `jaxquant.packing`."""
+
+
+def packed_fields(codes: Any, bits: int) -> list[Any]:
+    """Pack all codes but the last ones that do not fill 8, in any framework's arrays: a plane of bytes a field."""
+    whole = codes.shape[-1] // 8 * 8
+    parts, shift = [], 0
+    for width in FIELDS[bits]:
+        plane = whole * width // 8
+        field = (codes[..., :whole] >> shift) & (2**width - 1)
+        packed = field[..., :plane]
+        for p in range(1, 8 // width):
+            packed = packed | (field[..., p * plane : (p + 1) * plane] << (width * p))
+        parts.append(packed)
+        shift += width
+    return parts
+
+
+def unpacked_fields(packed: Any, bits: int, length: int, join: Callable[[list[Any]], Any]) -> tuple[Any, Any]:
+    """Undo `packed_fields`, joining arrays along their last axis; give the bytes of the last codes too."""
+    whole = length // 8 * 8
+    codes, start, shift = None, 0, 0
+    for width in FIELDS[bits]:
+        plane = whole * width // 8
+        part = packed[..., start : start + plane]
+        field = join([(part >> (width * p)) & (2**width - 1) for p in range(8 // width)])
+        codes = field if codes is None else codes | (field << shift)
+        start, shift = start + plane, shift + width
+    return codes, packed[..., start:]
 
 
 def tables(quantizer: Scalar) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from jaxquant.interop import _tables
-from jaxquant.interop._tables import FIELDS
+from jaxquant.interop._tables import packed_fields, unpacked_fields
 from jaxquant.quantizers import Exact, Scalar
 
 _BLOCK = 1 << 24  # coordinates that are decoded at a time
@@ -153,19 +153,10 @@ class ScalarCodes(Torch):
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack codes along the last axis: `jaxquant.packing.pack`."""
-    whole = codes.shape[-1] // 8 * 8
-    parts, shift = [], 0
-    for width in FIELDS[bits]:
-        plane = whole * width // 8
-        field = (codes[..., :whole] >> shift) & (2**width - 1)
-        packed = field[..., :plane]
-        for p in range(1, 8 // width):
-            packed = packed | (field[..., p * plane : (p + 1) * plane] << (width * p))
-        parts.append(packed)
-        shift += width
-    if codes.shape[-1] > whole:
-        stream = (codes[..., whole:, None] >> _arange(bits, codes)) & 1
-        stream = torch.nn.functional.pad(stream.flatten(-2), (0, -(codes.shape[-1] - whole) * bits % 8))
+    parts = packed_fields(codes, bits)
+    if rest := codes.shape[-1] % 8:
+        stream = (codes[..., -rest:, None] >> _arange(bits, codes)) & 1
+        stream = torch.nn.functional.pad(stream.flatten(-2), (0, -rest * bits % 8))
         octets = stream.unflatten(-1, (stream.shape[-1] // 8, 8)) << _arange(8, codes)
         parts.append(octets.sum(-1, dtype=torch.uint8))
     return torch.cat(parts, dim=-1)
@@ -173,18 +164,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
     """Undo `pack`."""
-    whole = length // 8 * 8
-    codes, start, shift = None, 0, 0
-    for width in FIELDS[bits]:
-        plane = whole * width // 8
-        part = packed[..., start : start + plane]
-        field = torch.cat([(part >> (width * p)) & (2**width - 1) for p in range(8 // width)], dim=-1)
-        codes = field if codes is None else codes | (field << shift)
-        start, shift = start + plane, shift + width
-    assert codes is not None
-    if length > whole:
-        stream = ((packed[..., start:, None] >> _arange(8, packed)) & 1).flatten(-2)[..., : (length - whole) * bits]
-        stream = stream.unflatten(-1, (length - whole, bits)) << _arange(bits, packed)
+    codes, last = unpacked_fields(packed, bits, length, lambda parts: torch.cat(parts, dim=-1))
+    if rest := length % 8:
+        stream = ((last[..., None] >> _arange(8, packed)) & 1).flatten(-2)[..., : rest * bits]
+        stream = stream.unflatten(-1, (rest, bits)) << _arange(bits, packed)
         codes = torch.cat([codes, stream.sum(-1, dtype=torch.uint8)], dim=-1)
     return codes
 

@@ -25,10 +25,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxquant._pytree import pytree, static
-from jaxquant.methods import turboquant
+from jaxquant.methods import h2o
 from jaxquant.pipeline import Pipeline
 from jaxquant.protocols import Context
-from jaxquant.strategies import Evict
 
 
 @pytree
@@ -96,10 +95,7 @@ class BlockSalience:
         /,
     ) -> tuple[Queries, Float[Array, "batch kv_heads tokens"]]:
         """Add queries to the statistics; scores stay."""
-        count = jnp.sum(valid, axis=1)
-        later = jnp.maximum(count[:, None] - 1 - jnp.arange(valid.shape[1]), 0).astype(jnp.float32)
-        share = jnp.where(valid, jnp.power(self.decay, later), 0.0)
-        old = jnp.power(self.decay, count.astype(jnp.float32))
+        share, old = h2o.faded(self.decay, valid)
 
         def added(total: Array, x: Array) -> Array:
             return total * old[:, None, None] + jnp.einsum("bn,bhnd->bhd", share, x, precision="highest")
@@ -130,9 +126,8 @@ def pipeline(
         >>> pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4).scorer.size
         16
     """
-    keys, values = turboquant.kv(key, dim=dim, bits_k=bits_k, bits_v=bits_v)
     scorer = BlockSalience(optimism=jnp.float32(1.0), decay=jnp.float32(0.99), size=size)
-    return Pipeline(keys=keys, values=values, strategy=Evict(keep=keep), scorer=scorer, block=block)
+    return h2o.evicting(key, scorer, dim=dim, bits_k=bits_k, bits_v=bits_v, keep=keep, block=block)
 
 
 EXAMPLES = (

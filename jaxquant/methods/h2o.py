@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from jaxquant._pytree import pytree
 from jaxquant.methods import turboquant
 from jaxquant.pipeline import Pipeline
-from jaxquant.protocols import Context
+from jaxquant.protocols import Context, Scorer
 from jaxquant.strategies import Evict
 
 
@@ -55,11 +55,40 @@ class Mass:
         /,
     ) -> tuple[Any, Float[Array, "batch kv_heads tokens"]]:
         """Let scores decay once for each query, and add the weights, each decayed for the queries after it."""
-        count = jnp.sum(valid, axis=1)
-        later = jnp.maximum(count[:, None] - 1 - jnp.arange(valid.shape[1]), 0).astype(jnp.float32)
-        share = jnp.where(valid, jnp.power(self.decay, later), 0.0)
-        old = jnp.power(self.decay, count.astype(jnp.float32))[:, None, None]
-        return state, scores * old + jnp.einsum("bn,bhnt->bht", share, weights, precision="highest")
+        share, old = faded(self.decay, valid)
+        return state, scores * old[:, None, None] + jnp.einsum("bn,bhnt->bht", share, weights, precision="highest")
+
+
+def faded(
+    decay: float | Float[Array, ""], valid: Bool[Array, "batch queries"]
+) -> tuple[Float[Array, "batch queries"], Float[Array, " batch"]]:
+    """Give what new queries count for, each decayed once for every later one, and what is left of all before them.
+
+    Example:
+        >>> faded(0.5, jnp.array([[True, True, False]]))
+        (Array([[0.5, 1. , 0. ]], dtype=float32), Array([0.25], dtype=float32))
+    """
+    count = jnp.sum(valid, axis=1)
+    later = jnp.maximum(count[:, None] - 1 - jnp.arange(valid.shape[1]), 0).astype(jnp.float32)
+    return jnp.where(valid, jnp.power(decay, later), 0.0), jnp.power(decay, count.astype(jnp.float32))
+
+
+def evicting(
+    key: PRNGKeyArray, scorer: Scorer, *, dim: int, bits_k: int, bits_v: int, keep: float, block: int
+) -> Pipeline:
+    """Build a pipeline that keeps a share of the tokens, coded with TurboQuant, by anybody's scores.
+
+    Args:
+        key: of the rotations.
+        scorer: says which tokens to keep.
+        dim: of the vectors.
+        bits_k: a coordinate of keys.
+        bits_v: a coordinate of values.
+        keep: share of the capacity that is kept.
+        block: tokens that are judged together.
+    """
+    keys, values = turboquant.kv(key, dim=dim, bits_k=bits_k, bits_v=bits_v)
+    return Pipeline(keys=keys, values=values, strategy=Evict(keep=keep), scorer=scorer, block=block)
 
 
 def pipeline(
@@ -80,9 +109,8 @@ def pipeline(
         >>> pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4).strategy.keep
         0.5
     """
-    keys, values = turboquant.kv(key, dim=dim, bits_k=bits_k, bits_v=bits_v)
     scorer = Mass(decay=jnp.float32(decay))
-    return Pipeline(keys=keys, values=values, strategy=Evict(keep=keep), scorer=scorer, block=block)
+    return evicting(key, scorer, dim=dim, bits_k=bits_k, bits_v=bits_v, keep=keep, block=block)
 
 
 EXAMPLES = (

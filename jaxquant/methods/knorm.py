@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxquant._pytree import pytree
-from jaxquant.methods import turboquant
+from jaxquant.methods import h2o
 from jaxquant.pipeline import Pipeline
 from jaxquant.protocols import Context
-from jaxquant.strategies import Evict
 
 
 @pytree
@@ -48,8 +47,7 @@ def pipeline(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int, keep: flo
         >>> pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4).strategy.keep
         0.5
     """
-    keys, values = turboquant.kv(key, dim=dim, bits_k=bits_k, bits_v=bits_v)
-    return Pipeline(keys=keys, values=values, strategy=Evict(keep=keep), scorer=ShortKeys(), block=block)
+    return h2o.evicting(key, ShortKeys(), dim=dim, bits_k=bits_k, bits_v=bits_v, keep=keep, block=block)
 
 
 EXAMPLES = (lambda: ShortKeys(), lambda: pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4, block=4))

@@ -19,10 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxquant._pytree import pytree, static
-from jaxquant.methods import h2o, turboquant
+from jaxquant.methods import h2o
 from jaxquant.pipeline import Pipeline
 from jaxquant.protocols import Context
-from jaxquant.strategies import Evict
 
 
 @pytree
@@ -81,9 +80,8 @@ def pipeline(
         >>> pipeline(jax.random.key(0), dim=64, bits_k=4, bits_v=4).scorer.pool
         5
     """
-    keys, values = turboquant.kv(key, dim=dim, bits_k=bits_k, bits_v=bits_v)
     scorer = Votes(observed=jnp.float32(observed))
-    return Pipeline(keys=keys, values=values, strategy=Evict(keep=keep), scorer=scorer, block=block)
+    return h2o.evicting(key, scorer, dim=dim, bits_k=bits_k, bits_v=bits_v, keep=keep, block=block)
 
 
 EXAMPLES = (
