@@ -168,17 +168,17 @@ def levels(bits: int, states: int, kind: Kind = "table") -> Float[np.ndarray, " 
 
 
 def decode(
-    code: Code, packed: UInt8[Array, "*batch n_bytes"], some: slice = slice(None)
+    code: Code, packed: UInt8[Array, "*batch n_bytes"], some: range | None = None
 ) -> Float[Array, "*batch coordinates"]:
     """Look up levels: of all coordinates, or of some, each from the bytes of its own window.
 
     Example:
         >>> two = code((((2,), 8),), states=16)
         >>> packed = encode(two, jnp.linspace(-2, 2, 8))
-        >>> bool((decode(two, packed)[3:5] == decode(two, packed, slice(3, 5))).all())
+        >>> bool((decode(two, packed)[3:5] == decode(two, packed, range(3, 5))).all())
         True
     """
-    seen, which = windows(code, packed, some), tables_of(code)[some]
+    seen, which = windows(code, packed, some), tables_of(code)[_index(code, some)]
     every = [table for tables in code.tables for table in tables]
     if code.kind != "table":
         return jnp.concatenate(every)[which] * _formula(seen, code.kind)
@@ -188,7 +188,7 @@ def decode(
 
 
 def windows(
-    code: Code, packed: UInt8[Array, "*batch n_bytes"], some: slice = slice(None)
+    code: Code, packed: UInt8[Array, "*batch n_bytes"], some: range | None = None
 ) -> UInt32[Array, "*batch coordinates"]:
     """Cut out the window of each coordinate, or of some.
 
@@ -197,7 +197,7 @@ def windows(
         [18, 13, 36, 38]
     """
     widths = np.array(code.widths)
-    starts, widths = (np.cumsum(widths) - widths)[some], widths[some]
+    starts, widths = (part[_index(code, some)] for part in (np.cumsum(widths) - widths, widths))
     ring = packed.astype(jnp.uint32)
     words = ring | jnp.roll(ring, -1, axis=-1) << np.uint32(8) | jnp.roll(ring, -2, axis=-1) << np.uint32(16)
     masks = ((code.states << widths) - 1).astype(np.uint32)
@@ -205,7 +205,7 @@ def windows(
 
 
 def encode(
-    code: Code, y: Float[Array, "*batch dim"], weights: Float[Array, "*batch dim"] | None = None
+    code: Code, y: Float[Array, "*batch dim"], weights: Float[Array, "*#batch dim"] | None = None
 ) -> UInt8[Array, "*batch n_bytes"]:
     """Search for the codes of least squared error (`viterbi.ring`), some vectors at a time.
 
@@ -239,6 +239,10 @@ def _parts(
         out.append(viterbi.Part(pattern, tuple(tables), *rows))
         first = last
     return out
+
+
+def _index(code: Code, some: range | None) -> np.ndarray:
+    return np.arange(code.dim)[slice(None) if some is None else np.array(some, np.int64)]
 
 
 def tables_of(code: Code) -> np.ndarray:

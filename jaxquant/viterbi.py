@@ -45,8 +45,8 @@ def ring(parts: Sequence[Part], states: int) -> UInt8[Array, "vectors n_bytes"]:
     """
     dim = sum(part.y.shape[0] * part.y.shape[1] for part in parts)
     bits = sum(part.y.shape[0] * sum(part.pattern) for part in parts)
-    depth = min(dim // 2, -(-_DEPTH * (states.bit_length() - 1) * dim // bits))
-    before, after = _near(parts, depth, last=True), _near(parts, depth, last=False)
+    each = depth(dim, bits, states)
+    before, after = _near(parts, each, last=True), _near(parts, each, last=False)
     metric, survivors = _forward(jnp.zeros((states, parts[0].y.shape[-1])), before + after)
     seam = jnp.argmin(metric, axis=0).astype(jnp.int32)
     seam, _ = _back(seam, after, survivors[len(before) :], states)
@@ -56,16 +56,31 @@ def ring(parts: Sequence[Part], states: int) -> UInt8[Array, "vectors n_bytes"]:
     return _pack(parts, symbols)
 
 
-def _near(parts: Sequence[Part], depth: int, *, last: bool) -> list[Part]:
-    """Take the first or the last coordinates, `depth` of them or a little more, by whole patterns."""
+def depth(dim: int, bits: int, states: int) -> int:
+    """Say how many coordinates on either side of the seam the first pass looks at.
+
+    Args:
+        dim: coordinates.
+        bits: of all of them.
+        states: of the trellis.
+
+    Example:
+        >>> depth(128, 256, 256)
+        48
+    """
+    return min(dim // 2, -(-_DEPTH * (states.bit_length() - 1) * dim // bits))
+
+
+def _near(parts: Sequence[Part], count: int, *, last: bool) -> list[Part]:
+    """Take the first or the last coordinates, `count` of them or a little more, by whole patterns."""
     out = []
     for part in reversed(parts) if last else parts:
-        if depth <= 0:
+        if count <= 0:
             break
-        units = min(part.y.shape[0], -(-depth // len(part.pattern)))
+        units = min(part.y.shape[0], -(-count // len(part.pattern)))
         rows = (None if x is None else x[-units:] if last else x[:units] for x in (part.y, part.weights))
         out.append(Part(part.pattern, part.tables, *rows))
-        depth -= units * len(part.pattern)
+        count -= units * len(part.pattern)
     return out[::-1] if last else out
 
 

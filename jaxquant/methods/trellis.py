@@ -26,7 +26,7 @@ def mse(
     key: PRNGKeyArray,
     *,
     dim: int,
-    bits: float,
+    bits: int | float,
     states: int = 256,
     kind: trellis.Kind = "table",
     scale: quantizers.ScaleRule = "norm",
@@ -68,7 +68,7 @@ def mse(
 
 
 def kv(
-    key: PRNGKeyArray, *, dim: int, bits_k: float, bits_v: float, states: int = 256
+    key: PRNGKeyArray, *, dim: int, bits_k: int | float, bits_v: int | float, states: int = 256
 ) -> tuple[trellis.Trellis, trellis.Trellis]:
     """Build the pair of quantizers for a cache: keys keep their length, and values, below 3 bits, the inner product.
 
