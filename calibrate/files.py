@@ -198,19 +198,17 @@ def _is_template(template: Any, dim: int) -> bool:
     if not isinstance(template, dict) or template.get("rule") not in _RULES:
         return False
     widths, code = template.get("widths"), template.get("trellis", {"states": 4, "runs": []})
-    if (
-        type(template.get("basis")) is not bool
-        or not isinstance(code, dict)
-        or code.get("states") not in trellis.STATES
-    ):
+    if type(template.get("basis")) is not bool or not isinstance(code, dict):
         return False
-    coded = code.get("runs")
-    if not _are_runs(widths, 8, dim) or not _are_runs(coded, 4, dim) or not widths + coded:
+    states, coded = code.get("states"), code.get("runs")
+    if type(states) is not int or states not in trellis.STATES:
+        return False
+    if not _are_runs(widths, 8, dim) or not _are_runs(coded, trellis.most_bits(states), dim):
         return False
     bits = sum(width * count for width, count in coded)
-    if "trellis" in template and (not bits or bits % 8 or bits < code["states"].bit_length() - 1):
+    if "trellis" in template and (not bits or bits % 8 or bits < states.bit_length() - 1):
         return False
-    return sum(count for _, count in widths + coded) <= dim
+    return 0 < sum(count for _, count in widths + coded) <= dim
 
 
 def _are_runs(runs: Any, most: int, dim: int) -> bool:

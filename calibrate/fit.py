@@ -21,7 +21,6 @@ _NEVER = 1e30  # a loss that no budget accepts
 _RINGS = 4  # bits of a ring, over the memory of its trellis, from which it is used
 
 CHOICES = (0, 1, 2, 3, 4, 5, 6)
-_TRELLIS = (1, 2, 3, 4)  # bits of a coordinate that trellis codes have
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +106,7 @@ def with_trellis(
     most: int = 512,
     progress: Progress | None = None,
 ) -> Fitted:
-    """Add a trellis code of 1 to 4 bits to what coordinates can be coded with, and what it loses on samples.
+    """Add a trellis code of every width to what coordinates can be coded with, and what it loses on samples.
 
     Args:
         fitted: without a trellis.
@@ -117,19 +116,20 @@ def with_trellis(
         progress: called with the layers done and all layers.
     """
     layers, heads, dim = fitted.mean.shape
-    lost = np.zeros((len(_TRELLIS), layers, heads, dim))
+    widths = range(1, trellis.most_bits(states) + 1)
+    lost = np.zeros((len(widths), layers, heads, dim))
     for layer in range(layers):
         parts = [scaled(fitted, samples[..., :: -(-samples.shape[2] // most), :], layer, head) for head in range(heads)]
         y = jnp.asarray([part[0] for part in parts], jnp.float32)
         gain = np.array([part[1] for part in parts])
-        for place, bits in enumerate(_TRELLIS):
+        for place, bits in enumerate(widths):
             error = np.asarray(_missed(trellis.code((((bits,), dim),), states=states), y)) * gain[..., None] ** 2
             lost[place, layer] = error.mean(axis=1) * fitted.basis.worth[layer]
         if progress is not None:
             progress(layer + 1, layers)
-    choices = (*fitted.choices, *(-bits for bits in _TRELLIS))
+    choices = (*fitted.choices, *(-bits for bits in widths))
     order = sorted(range(len(choices)), key=lambda place: abs(choices[place]))
-    tables = (*fitted.levels, *(np.zeros((layers, heads, dim, 0)) for _ in _TRELLIS))
+    tables = (*fitted.levels, *(np.zeros((layers, heads, dim, 0)) for _ in widths))
     return dataclasses.replace(
         fitted,
         choices=tuple(choices[place] for place in order),

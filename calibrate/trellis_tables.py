@@ -89,7 +89,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--bits", type=int, nargs="*", default=[1, 2, 3, 4])
+    parser.add_argument("--bits", type=int, nargs="*", default=[1, 2, 3, 4, 5, 6])
     parser.add_argument("--states", type=int, nargs="*", default=list(trellis.STATES))
     options = parser.parse_args(None if arguments is None else list(arguments))
     tables: dict[str, np.ndarray] = {}
@@ -99,7 +99,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     for states in options.states:
         for bits in options.bits:
             name = f"{bits}.{states}"
-            if name not in tables:
+            if name not in tables and bits <= trellis.most_bits(states):
                 table, error = best(bits, states)
                 tables[name] = table[: len(table) // 2].astype(np.float16)
                 np.savez_compressed(options.output, **tables)

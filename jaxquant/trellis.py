@@ -37,8 +37,9 @@ Runs = tuple[tuple[tuple[int, ...], int], ...]
 Kind = Literal["table", "1mad", "3inst"]
 
 STATES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_WINDOW = 14  # bits of the longest window: three bytes hold it wherever it starts, and 16,384 levels fit into caches
 _TABLES = Path(__file__).with_name("trellis.npz")
-_VECTORS = 32  # that are searched at a time: what the search remembers of them fits into a processor's cache
+_VECTORS = 64  # that are searched at a time: what the search remembers of them fits into a processor's cache
 _LARGEST = 2.0**10  # of a coordinate
 
 
@@ -125,7 +126,7 @@ def code(runs: Runs, *, states: int, kind: Kind = "table") -> Code:
     """Build a code with levels for the unit normal.
 
     Args:
-        runs: widths of the coordinates, each from 1 to 4 bits, as in `Code`.
+        runs: widths of the coordinates, in bits, as in `Code`; see `most_bits`.
         states: of the trellis; see `STATES`.
         kind: where levels come from: a trained table, or a formula.
 
@@ -141,14 +142,24 @@ def code(runs: Runs, *, states: int, kind: Kind = "table") -> Code:
         raise ValueError(f"kind must be one of {', '.join(Kind.__args__)}, got {kind!r}")
     if states not in STATES:
         raise ValueError(f"states must be one of {', '.join(map(str, STATES))}, got {states!r}")
-    wrong = [bits for pattern, _ in runs for bits in pattern if bits not in range(1, 5)]
+    wrong = [bits for pattern, _ in runs for bits in pattern if bits not in range(1, most_bits(states) + 1)]
     if wrong:
-        raise ValueError(f"bits must be an integer from 1 to 4, got {wrong[0]!r}")
+        raise ValueError(f"bits must be an integer from 1 to {most_bits(states)} at {states} states, got {wrong[0]!r}")
     total, memory = sum(sum(pattern) * count for pattern, count in runs), states.bit_length() - 1
     if total % 8 or total < memory:
         raise ValueError(f"runs must fill whole bytes, and {memory} bits at least, got {total} bits")
     tables = tuple(tuple(jnp.asarray(levels(bits, states, kind)) for bits in pattern) for pattern, _ in runs)
     return Code(tables=tables, runs=runs, states=states, kind=kind)
+
+
+def most_bits(states: int) -> int:
+    """Say how many bits a coordinate can have: at most 6, and with the states a window of 14.
+
+    Example:
+        >>> most_bits(256), most_bits(1024)
+        (6, 4)
+    """
+    return min(6, _WINDOW - (states.bit_length() - 1))
 
 
 @functools.cache

@@ -4,7 +4,6 @@ A state is the next bits of the stream, lowest first, and a window those and the
 lowest `bits` of a state, which are the symbol of that step, and takes as many in at the top.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -116,7 +115,7 @@ def _advance(
         return reached, jnp.zeros((states, vectors), jnp.uint8)
     low = np.int32(2**bits - 1)
     ordered = lax.bitcast_convert_type(reached, jnp.int32).reshape(states, 2**bits, vectors) & ~low
-    best = functools.reduce(jnp.minimum, [ordered[:, symbol] | np.int32(symbol) for symbol in range(2**bits)])
+    best = jnp.min(ordered | jnp.arange(2**bits, dtype=jnp.int32)[:, None], axis=1)
     return lax.bitcast_convert_type(best & ~low, jnp.float32), (best & low).astype(jnp.uint8)
 
 

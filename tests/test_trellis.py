@@ -1,6 +1,8 @@
 """Trellis codes against brute force, theory and a decoder in plain integers; in a hybrid code, in files, in a cache."""
 
+import dataclasses
 import inspect
+import json
 import math
 import struct
 
@@ -10,9 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
-from jaxquant import cache, codebooks, quantizers, snapshot, trellis, viterbi
-from jaxquant.calibrate import bases, fit, trellis_tables
+from jaxquant import cache, codebooks, mixed, quantizers, snapshot, trellis, viterbi
+from jaxquant.calibrate import bases, files, fit, trellis_tables
 from jaxquant.methods import trellis as method
 from jaxquant.methods import turboquant
 
@@ -114,7 +118,7 @@ def test_the_search_equals_brute_force(name, weighted):
     np.testing.assert_allclose(got, np.where(same, cost, np.inf).min(axis=1), rtol=1e-4)
     assert (np.where(same, cost, np.inf).min(axis=1) > cost.min(axis=1) * 0.999).all()
     assert got.mean() < (1.1 if code.dim > 4 else 1.7) * cost.min(axis=1).mean()
-    assert np.mean(got < cost.min(axis=1) * 1.001) > 0.6
+    assert np.mean(got < cost.min(axis=1) * 1.001) > (0.6 if code.dim > 4 else 0.3)
     if weighted:
         plain = np.asarray(encode(code, jnp.asarray(y, jnp.float32))).astype(np.int64) @ [1, 256]
         assert cost[np.arange(40), plain].mean() > 1.02 * got.mean()
@@ -193,8 +197,8 @@ def test_computed_codes_equal_integers(kind):
 
 
 def test_tables_are_odd_small_and_complete():
-    for bits in (1, 2, 3, 4):
-        for states in trellis.STATES:
+    for states in trellis.STATES:
+        for bits in range(1, trellis.most_bits(states) + 1):
             table = trellis.levels(bits, states)
             assert table.shape == (states << bits,)
             np.testing.assert_array_equal(table, -table[::-1])
@@ -203,10 +207,10 @@ def test_tables_are_odd_small_and_complete():
     assert trellis._TABLES.stat().st_size < 150_000
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.lists(st.integers(0, 5), max_size=3), st.sampled_from(["float32", "bfloat16", "float16"]),
-    st.sampled_from([8, 16, 24]), st.sampled_from([1, 2, 2.5, 4]), st.sampled_from([4, 16]),
+    st.sampled_from([16, 48]), st.sampled_from([1, 2.5, 4]), st.sampled_from([4, 16]),
 )  # fmt: skip
 def test_any_shape_and_dtype(lead, dtype, dim, bits, states):
     quantizer = method.mse(KEY, dim=dim, bits=bits, states=states, scale="preserve")
@@ -222,7 +226,7 @@ def test_any_shape_and_dtype(lead, dtype, dim, bits, states):
     assert float(jnp.sum((y - wide) ** 2)) <= 0.6 * float(jnp.sum(wide**2))
 
 
-@pytest.mark.parametrize("count", [1, 31, 32, 33, 70])
+@pytest.mark.parametrize("count", [1, 64, 65])
 def test_a_code_depends_on_its_vector_alone(count):
     code = made()
     y = vectors(count, 16)
@@ -263,11 +267,10 @@ def test_each_scale_keeps_what_it_says(rule):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 0}, "bits must be from 1 to 4 in steps of a quarter, got 0"),
-        ({"bits": 4.25}, "bits must be from 1 to 4"),
-        ({"bits": 2.1}, "bits must be from 1 to 4"),
+        ({"bits": 0}, "bits must be from 1 to 6 in steps of a quarter, got 0"),
+        ({"bits": 6.25}, "bits must be from 1 to 6"),
+        ({"bits": 2.1}, "bits must be from 1 to 6"),
         ({"bits": 2, "states": 48}, "states must be one of 4, 8, .* got 48"),
-        ({"bits": 2, "kind": "lattice"}, "kind must be one of table, 1mad, 3inst, got 'lattice'"),
         ({"bits": 2, "dim": 20}, "dim must be a multiple of 8, got 20"),
         ({"bits": 2, "dim": 0}, "dim must be a multiple of 8, got 0"),
         ({"bits": 1, "dim": 8, "states": 512}, "9 bits at least, got 8 bits"),
@@ -280,11 +283,13 @@ def test_wrong_arguments_are_named(arguments, message):
         unchecked(KEY, **{"dim": 128, **arguments})
 
 
-def test_runs_must_fill_bytes():
+def test_runs_must_fill_bytes_and_kinds_are_known():
+    with pytest.raises(ValueError, match="kind must be one of table, 1mad, 3inst, got 'lattice'"):
+        inspect.unwrap(trellis.code)((((2,), 8),), states=4, kind="lattice")
     with pytest.raises(ValueError, match="whole bytes"):
         trellis.code((((3,), 7),), states=4)
-    with pytest.raises(ValueError, match="bits must be an integer from 1 to 4, got 5"):
-        trellis.code((((2, 5), 8),), states=4)
+    with pytest.raises(ValueError, match="bits must be an integer from 1 to 6 at 4 states, got 7"):
+        trellis.code((((2, 7), 8),), states=4)
 
 
 def test_training_falls_towards_what_is_shipped():
@@ -326,7 +331,7 @@ def normal_half(dim=64, samples=600, top=4):
 def test_the_trellis_takes_coordinates_where_it_leaves_less():
     scalar, x = normal_half()
     both = fit.with_trellis(scalar, x, states=64)
-    assert both.choices == (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, 6)
+    assert both.choices == (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6)
     plain = fit.allocate([scalar], budget=2.0, layer_groups=[[0]])
     mixed = fit.allocate([both], budget=2.0, layer_groups=[[0]])
     assert fit.loss(both, mixed[0]) < 0.9 * fit.loss(scalar, plain[0])
@@ -353,6 +358,93 @@ def test_a_ring_that_is_too_short_is_left_to_codebooks():
     (quantizer,) = fit.build(both, np.array([[3, -2, 0, 5, -1, 0, 0, 0]]))
     assert quantizer.widths == ((5, 8), (3, 8))
     assert quantizer.code.runs == (((2,), 8), ((1,), 8))
+
+
+def hybrid(heads=2, dim=32):
+    """Make a quantizer with 8 coordinates of 3 bits by codebook and 16 in a ring."""
+    generator = np.random.default_rng(4)
+    turn = np.linalg.qr(generator.normal(size=(heads, dim, dim)))[0][:, :24]
+    parts = {
+        "mean": generator.normal(size=(heads, dim)),
+        "analysis": turn,
+        "synthesis": turn,
+        "weights": np.full((heads, 24), 1 / 24),
+    }
+    return mixed.Mixed(
+        **{name: jnp.asarray(part, jnp.float32) for name, part in parts.items()},
+        levels=(jnp.asarray(np.sort(generator.normal(size=(heads, 8, 8))), jnp.float32),),
+        widths=((3, 8),), dim=dim, code=made((((2,), 8), ((1,), 8)), 16),
+    )  # fmt: skip
+
+
+def test_a_hybrid_is_its_two_halves():
+    quantizer = hybrid()
+    x = vectors(2, 5, 32)
+    code = quantizers.quantize(quantizer, x)
+    assert code.codes.shape == (2, 5, 1 + 3 + 3) == (2, 5, quantizer.bytes_per_vector)
+    y = np.asarray(quantizer.coordinates(x))
+    gain = 2.0 ** ((np.asarray(code.codes[..., 0], np.float64) - 128) / 16)
+    expanded = np.asarray(quantizer.expand(code))
+    first = 2.0 ** (np.round(16 * np.log2(np.sqrt(np.mean(y**2, -1)))) / 16)
+    ring = encode(quantizer.code, jnp.asarray(y[..., 8:] / first[..., None], jnp.float32))
+    np.testing.assert_array_equal(code.codes[..., 4:], ring)
+    np.testing.assert_allclose(expanded[..., 8:24], decode(quantizer.code, ring) * gain[..., None], rtol=1e-5)
+    alone = dataclasses.replace(quantizer, code=None, **{
+        name: getattr(quantizer, name)[:, :8] for name in ("analysis", "synthesis", "weights")
+    })  # fmt: skip
+    assert alone.bytes_per_vector == 4
+    far = np.abs(y[..., :8, None] / first[..., None, None] - np.asarray(quantizer.levels[0])[:, None])
+    near = np.take_along_axis(
+        np.broadcast_to(np.asarray(quantizer.levels[0])[:, None], far.shape), far.argmin(-1)[..., None], -1
+    )
+    np.testing.assert_allclose(expanded[..., :8], near[..., 0] * gain[..., None], rtol=1e-5)
+    np.testing.assert_array_equal(expanded[..., 24], 1.0)
+
+
+def test_costs_decide_in_which_coordinate_a_hybrid_errs():
+    quantizer = hybrid()
+    x = vectors(2, 200, 32)
+    errors = []
+    for weights in (np.r_[np.ones(12), np.full(12, 0.1)], np.r_[np.ones(8), np.full(4, 0.1), np.ones(12)]):
+        uneven = dataclasses.replace(
+            quantizer, weights=jnp.asarray(np.tile(weights / weights.sum(), (2, 1)), jnp.float32)
+        )
+        expanded = np.asarray(uneven.expand(quantizers.quantize(uneven, x)))[..., :24]
+        errors.append(np.mean((expanded - np.asarray(quantizer.coordinates(x))) ** 2, axis=(0, 1)))
+    assert errors[0][8:12].mean() < 0.8 * errors[1][8:12].mean()
+    assert errors[0][12:].mean() > 1.1 * errors[1][12:].mean()
+
+
+def test_files_of_hybrids_come_back_and_lies_are_refused(tmp_path):
+    calibration = files.Calibration(keys=(hybrid(),), values=(hybrid(),), fingerprint="x", setting={})
+    files.write(tmp_path / "c", calibration)
+    again = files.read(tmp_path / "c")
+    x = vectors(2, 5, 32)
+    for mine, theirs in zip(again.keys + again.values, calibration.keys + calibration.values, strict=True):
+        assert (mine.widths, mine.code.runs, mine.code.states) == (theirs.widths, theirs.code.runs, theirs.code.states)
+        np.testing.assert_array_equal(quantizers.quantize(mine, x).codes, quantizers.quantize(theirs, x).codes)
+        np.testing.assert_array_equal(mine.expand(theirs.quantize(x)), theirs.expand(theirs.quantize(x)))
+
+    def refused(change, message):
+        files.write(tmp_path / "c", calibration)
+        with safe_open(tmp_path / "c", framework="numpy") as file:
+            described = json.loads(file.metadata()[files.KEY])
+        assert described["version"] == 2
+        change(described["templates"][0]["keys"]["trellis"])
+        save_file(load_file(tmp_path / "c"), tmp_path / "c", metadata={files.KEY: json.dumps(described)})
+        with pytest.raises(ValueError, match=message):
+            files.read(tmp_path / "c")
+
+    template = "the template of the keys of layer 0 is not valid"
+    refused(lambda t: t.update(states=48), template)
+    refused(lambda t: t.update(states=10**9), template)
+    refused(lambda t: t.update(states=8), "not float32")
+    refused(lambda t: t.update(runs=[[7, 8], [1, 8]]), template)
+    refused(lambda t: t.update(runs=[[2, 10**9]]), template)
+    refused(lambda t: t.update(runs=[[2, 9], [1, 8]]), template)
+    refused(lambda t: t.update(runs=[[1, 16]]), "not float32")
+    refused(lambda t: t.update(runs=[]), template)
+    refused(lambda t: t.pop("runs"), template)
 
 
 def test_the_depth_of_the_first_pass_covers_what_the_trellis_remembers():

@@ -37,8 +37,9 @@ def mse(
     Args:
         key: of the rotation.
         dim: of the vectors, a multiple of 8.
-        bits: a coordinate, from 1 to 4 in steps of a quarter: widths of neighbours differ where it is not whole.
+        bits: a coordinate, from 1 to 6 in steps of a quarter: widths of neighbours differ where it is not whole.
         states: of the trellis, a power of 2 from 4 to 1024: the search takes so many times longer, the error falls.
+            With 512 states there are 5 bits at most, and with 1024 there are 4.
         kind: where levels come from: a trained table, or a formula, "1mad" or "3inst", that needs no memory.
         scale: what the stored scale keeps right; see `quantizers.Scalar`.
         scale_dtype: of the stored scale.
@@ -56,8 +57,8 @@ def mse(
         raise ValueError(f"scale must be one of {', '.join(rules)}, got {scale!r}")
     if dim % 8 or dim < 8:
         raise ValueError(f"dim must be a multiple of 8, got {dim}")
-    if not 1 <= bits <= 4 or bits * 4 % 1:
-        raise ValueError(f"bits must be from 1 to 4 in steps of a quarter, got {bits!r}")
+    if not 1 <= bits <= 6 or bits * 4 % 1:
+        raise ValueError(f"bits must be from 1 to 6 in steps of a quarter, got {bits!r}")
     pattern = tuple(int(bits) + more for more in _PATTERNS[int(bits * 4) % 4])
     return trellis.Trellis(
         rotation=rotations.hadamard(key, dim, rounds=3 if scale == "norm" else 1),
