@@ -8,13 +8,16 @@ Its metadata has one key, `jaxquant.calibration`, a JSON object:
 
 and layer i's tensors are `i.keys.mean`, `.analysis`, `.synthesis`, `.weights`, `.levels.0`, ..., and so for values, all
 float32 with kv_heads first. `basis` is false where the model itself gives the coordinates of the code.
+
+Version 2 has halves whose last coordinates have a trellis code, as `"trellis": {"states": S, "runs": [[bits,
+coordinates], ...]}` says, and tensors `.trellis.0`, ..., for each of those runs the levels of all windows.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from jaxquant import trellis
 from jaxquant.mixed import Mixed
 from jaxquant.models.loading import Model
 
 KEY = "jaxquant.calibration"
-VERSION = 1
+VERSION, TRELLIS_VERSION = 1, 2
 _RULES = ("least_squares", "preserve", "none")
 _SAMPLE = 4096  # elements of a weight that go into the fingerprint
 _LIMITS = {"layers": 4096, "kv_heads": 4096, "dim": 4096}
@@ -98,14 +102,20 @@ def write(path: Path, calibration: Calibration) -> None:
     for layer, halves in enumerate(zip(calibration.keys, calibration.values, strict=True)):
         templates.append({})
         for name, half in zip(("keys", "values"), halves, strict=True):
-            templates[-1][name] = {"rule": half.rule, "widths": half.widths, "basis": half.analysis is not None}
-            for part, shape in _shapes(half.widths, half.mean.shape[0], half.dim, half.analysis is not None).items():
+            template = {"rule": half.rule, "widths": half.widths, "basis": half.analysis is not None}
+            if half.code is not None:
+                runs = [(bits, count) for ((bits,), count) in half.code.runs]
+                template["trellis"] = {"states": half.code.states, "runs": runs}
+            templates[-1][name] = template
+            for part, shape in _shapes(template, half.mean.shape[0], half.dim).items():
                 array = np.asarray(_part(half, part), np.float32)
                 if array.shape != shape:
                     raise ValueError(f"{part} of the {name} of layer {layer} has shape {array.shape}, not {shape}")
                 arrays[f"{layer}.{name}.{part}"] = array
     record = {
-        "version": VERSION,
+        "version": TRELLIS_VERSION
+        if any("trellis" in half for layer in templates for half in layer.values())
+        else VERSION,
         "fingerprint": calibration.fingerprint,
         "layers": len(calibration.keys),
         "kv_heads": calibration.keys[0].mean.shape[0],
@@ -161,9 +171,13 @@ def _record(path: Path, text: str) -> dict[str, Any]:
         record = json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError(f"{damaged} its metadata is not JSON") from None
-    if not isinstance(record, dict) or record.get("version") != VERSION:
+    known = (VERSION, TRELLIS_VERSION)
+    if not isinstance(record, dict) or type(record.get("version")) is not int or record["version"] not in known:
         found = record.get("version") if isinstance(record, dict) else None
-        raise ValueError(f"{path}: calibration of version {str(found)[:20]}; this jaxquant reads version {VERSION}")
+        raise ValueError(
+            f"{path}: calibration of version {str(found)[:20]}; this jaxquant reads versions {VERSION} and "
+            f"{TRELLIS_VERSION}"
+        )
     for name, most in _LIMITS.items():
         size = record.get(name)
         if type(size) is not int or not 1 <= size <= most:
@@ -183,22 +197,35 @@ def _record(path: Path, text: str) -> dict[str, Any]:
 def _is_template(template: Any, dim: int) -> bool:
     if not isinstance(template, dict) or template.get("rule") not in _RULES:
         return False
-    widths = template.get("widths")
-    if type(template.get("basis")) is not bool or not isinstance(widths, list) or not widths:
+    widths, code = template.get("widths"), template.get("trellis", {"states": 4, "runs": []})
+    if type(template.get("basis")) is not bool or not isinstance(code, dict):
         return False
-    for run in widths:
+    states, coded = code.get("states"), code.get("runs")
+    if type(states) is not int or states not in trellis.STATES:
+        return False
+    if not _are_runs(widths, 8, dim) or not _are_runs(coded, trellis.most_bits(states), dim):
+        return False
+    bits = sum(width * count for width, count in coded)
+    if "trellis" in template and (not bits or bits % 8 or bits < states.bit_length() - 1):
+        return False
+    return 0 < sum(count for _, count in widths + coded) <= dim
+
+
+def _are_runs(runs: Any, most: int, dim: int) -> bool:
+    if not isinstance(runs, list):
+        return False
+    for run in runs:
         if not isinstance(run, list) or len(run) != 2 or any(type(number) is not int for number in run):
             return False
-        if not 1 <= run[0] <= 8 or not 1 <= run[1] <= dim:
+        if not 1 <= run[0] <= most or not 1 <= run[1] <= dim:
             return False
-    return sum(count for _, count in widths) <= dim
+    return True
 
 
 def _half(path: Path, file: Any, names: set[str], name: str, template: dict[str, Any], record: dict[str, Any]) -> Mixed:
-    widths = tuple((bits, count) for bits, count in template["widths"])
     parts: dict[str, Any] = {"analysis": None, "synthesis": None}
-    tables = []
-    for part, shape in _shapes(widths, record["kv_heads"], record["dim"], template["basis"]).items():
+    tables: dict[str, list[Any]] = {"levels": [], "trellis": []}
+    for part, shape in _shapes(template, record["kv_heads"], record["dim"]).items():
         label = f"{name}.{part}"
         if label not in names:
             raise ValueError(f"{path}: damaged calibration: the tensor {label!r} is missing")
@@ -209,21 +236,38 @@ def _half(path: Path, file: Any, names: set[str], name: str, template: dict[str,
         array = file.get_tensor(label)
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: damaged calibration: {label!r} is not finite")
-        if part.startswith("levels"):
-            tables.append(jnp.asarray(array))
+        kind = part.partition(".")[0]
+        if kind in tables:
+            tables[kind].append(jnp.asarray(array))
         else:
             parts[part] = jnp.asarray(array)
-    return Mixed(**parts, levels=tuple(tables), widths=widths, dim=record["dim"], rule=template["rule"])
+    code = None
+    if "trellis" in template:
+        code = trellis.Code(
+            tables=tuple((table,) for table in tables["trellis"]),
+            runs=tuple(((bits,), count) for bits, count in template["trellis"]["runs"]),
+            states=template["trellis"]["states"],
+        )
+    widths = tuple((bits, count) for bits, count in template["widths"])
+    return Mixed(
+        **parts, levels=tuple(tables["levels"]), widths=widths, dim=record["dim"], rule=template["rule"], code=code
+    )
 
 
-def _shapes(widths: Sequence[Sequence[int]], heads: int, dim: int, basis: bool) -> dict[str, tuple[int, ...]]:
+def _shapes(template: Mapping[str, Any], heads: int, dim: int) -> dict[str, tuple[int, ...]]:
     """Say which arrays a quantizer has, and their shapes."""
-    width = sum(count for _, count in widths)
+    widths, code = template["widths"], template.get("trellis", {"runs": []})
+    width = sum(count for _, count in (*widths, *code["runs"]))
     shapes: dict[str, tuple[int, ...]] = {"mean": (heads, dim), "weights": (heads, width)}
-    if basis:
+    if template["basis"]:
         shapes |= {"analysis": (heads, width, dim), "synthesis": (heads, width, dim)}
-    return shapes | {f"levels.{i}": (heads, count, 2**bits) for i, (bits, count) in enumerate(widths)}
+    shapes |= {f"levels.{i}": (heads, count, 2**bits) for i, (bits, count) in enumerate(widths)}
+    return shapes | {f"trellis.{i}": (code["states"] << bits,) for i, (bits, _) in enumerate(code["runs"])}
 
 
 def _part(half: Mixed, part: str) -> Any:
-    return half.levels[int(part[7:])] if part.startswith("levels.") else getattr(half, part)
+    kind, _, place = part.partition(".")
+    if kind == "trellis":
+        assert half.code is not None
+        return half.code.tables[int(place)][0]
+    return half.levels[int(place)] if kind == "levels" else getattr(half, part)

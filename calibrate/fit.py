@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
+from jaxquant import trellis
 from jaxquant.calibrate import allocation, levels
 from jaxquant.calibrate.bases import Basis
 from jaxquant.mixed import STEPS, Mixed
@@ -16,6 +18,7 @@ Progress = Callable[[int, int], object]
 Rule = Literal["least_squares", "preserve", "none"]
 
 _NEVER = 1e30  # a loss that no budget accepts
+_RINGS = 4  # bits of a ring, over the memory of its trellis, from which it is used
 
 CHOICES = (0, 1, 2, 3, 4, 5, 6)
 
@@ -27,11 +30,12 @@ class Fitted:
     Attributes:
         basis: [layers, kv_heads, ...].
         mean: [layers, kv_heads, dim].
-        levels: for each choice of bits, [layers, kv_heads, dim, 2**bits].
+        levels: for each choice of bits, [layers, kv_heads, dim, 2**bits]; without levels where the trellis codes.
         losses: of each choice, [choices, layers, kv_heads, dim]: cost of the error that is left in each coordinate.
-        choices: of bits.
+        choices: of bits, negative where the trellis codes them, in rising order of what they cost.
         weights: for the choice of gains, [layers, kv_heads, dim].
         rule: of `Mixed`.
+        states: of the trellis, if any choice is its.
     """
 
     basis: Basis
@@ -41,6 +45,7 @@ class Fitted:
     choices: tuple[int, ...]
     weights: Float[np.ndarray, "layers kv_heads dim"]
     rule: Rule
+    states: int = 0
 
 
 def fit(
@@ -93,6 +98,52 @@ def scaled(
     return y / gain[:, None], gain
 
 
+def with_trellis(
+    fitted: Fitted,
+    samples: Float[np.ndarray, "layers kv_heads samples dim"],
+    *,
+    states: int,
+    most: int = 512,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Add a trellis code of every width to what coordinates can be coded with, and what it loses on samples.
+
+    Args:
+        fitted: without a trellis.
+        samples: vectors.
+        states: of the trellis.
+        most: samples of each head that are coded.
+        progress: called with the layers done and all layers.
+    """
+    layers, heads, dim = fitted.mean.shape
+    widths = range(1, trellis.most_bits(states) + 1)
+    lost = np.zeros((len(widths), layers, heads, dim))
+    for layer in range(layers):
+        parts = [scaled(fitted, samples[..., :: -(-samples.shape[2] // most), :], layer, head) for head in range(heads)]
+        y = jnp.asarray([part[0] for part in parts], jnp.float32)
+        gain = np.array([part[1] for part in parts])
+        for place, bits in enumerate(widths):
+            error = np.asarray(_missed(trellis.code((((bits,), dim),), states=states), y)) * gain[..., None] ** 2
+            lost[place, layer] = error.mean(axis=1) * fitted.basis.worth[layer]
+        if progress is not None:
+            progress(layer + 1, layers)
+    choices = (*fitted.choices, *(-bits for bits in widths))
+    order = sorted(range(len(choices)), key=lambda place: abs(choices[place]))
+    tables = (*fitted.levels, *(np.zeros((layers, heads, dim, 0)) for _ in widths))
+    return dataclasses.replace(
+        fitted,
+        choices=tuple(choices[place] for place in order),
+        levels=tuple(tables[place] for place in order),
+        losses=np.concatenate([fitted.losses, lost])[order],
+        states=states,
+    )
+
+
+@jax.jit
+def _missed(code: trellis.Code, y: Float[Array, "heads samples dim"]) -> Float[Array, "heads samples dim"]:
+    return (trellis.decode(code, trellis.encode(code, y)) - y) ** 2
+
+
 def allocate(
     halves: Sequence[Fitted],
     *,
@@ -111,7 +162,7 @@ def allocate(
         method: of `allocation`.
 
     Returns:
-        For each half, the bits of every group of coordinates in every layer.
+        For each half, the choice of every group of coordinates in every layer.
 
     Raises:
         ValueError: a size does not fit, or the budget cannot hold the gains.
@@ -128,9 +179,9 @@ def allocate(
             for index in range(dim // group):
                 lost = grouped[:, list(members), index].sum(axis=1)
                 if not index:  # a layer codes something
-                    lost = np.where(np.array(fitted.choices) > 0, lost, _NEVER)
+                    lost = np.where(np.array(fitted.choices) != 0, lost, _NEVER)
                 losses.append(lost)
-                costs.append([bits * group // 8 * len(members) for bits in fitted.choices])
+                costs.append([abs(bits) * group // 8 * len(members) for bits in fitted.choices])
                 places.append((half, number, index))
     held = sum(layers for fitted in halves if fitted.rule != "none")
     room = round(budget * dim * layers * len(halves)) // 8 - held
@@ -147,27 +198,31 @@ def allocate(
 def loss(fitted: Fitted, bits: Int[np.ndarray, "layers groups"]) -> float:
     """Predict the loss: KL divergence, in nats a token, if the metric was the Fisher information at temperature 1."""
     each = np.repeat(bits, fitted.mean.shape[-1] // bits.shape[1], axis=1)
-    index = np.searchsorted(fitted.choices, each)
+    index = np.vectorize(fitted.choices.index)(each)
     kept = np.take_along_axis(fitted.losses.sum(axis=2), index[None], axis=0)
     return float(kept.sum() / 2)
 
 
 def build(fitted: Fitted, bits: Int[np.ndarray, "layers groups"]) -> tuple[Mixed, ...]:
-    """Make the quantizer of every layer, coordinates in falling order of bits."""
-    layers, _, dim = fitted.mean.shape
-    each = np.repeat(bits, dim // bits.shape[1], axis=1)
+    """Make the quantizer of every layer, coordinates in falling order of bits, those of the trellis last."""
+    dim = fitted.mean.shape[-1]
+    every = np.repeat(bits, dim // bits.shape[1], axis=1)
     out = []
-    for layer in range(layers):
-        order = np.argsort(-each[layer], kind="stable")
-        order = order[each[layer][order] > 0]
+    for layer, each in enumerate(every):
+        least = _RINGS * (fitted.states.bit_length() - 1)
+        if -each[each < 0].sum() < least:  # too few for the trellis to be worth it
+            each = np.abs(each)
+        order = np.argsort(np.where(each > 0, -each, 100 + each), kind="stable")
+        order = order[each[order] != 0]
         if not len(order):
             raise ValueError(f"layer {layer} has no coordinate with a bit: the budget is too small")
-        widths = tuple((int(b), int(np.sum(each[layer] == b))) for b in sorted(set(each[layer]) - {0}, reverse=True))
+        runs = [(int(choice), int(np.sum(each == choice))) for choice in dict.fromkeys(each[order].tolist())]
         tables, first = [], 0
-        for width, count in widths:
-            rows = order[first : first + count]
-            tables.append(fitted.levels[fitted.choices.index(width)][layer][:, rows])
+        for width, count in runs:
+            if width > 0:
+                tables.append(fitted.levels[fitted.choices.index(width)][layer][:, order[first : first + count]])
             first += count
+        ring = tuple(((-width,), count) for width, count in runs if width < 0)
         weights = fitted.weights[layer][:, order]
         parts = {
             "mean": fitted.mean[layer],
@@ -179,7 +234,8 @@ def build(fitted: Fitted, bits: Int[np.ndarray, "layers groups"]) -> tuple[Mixed
             Mixed(
                 **{name: jnp.asarray(part, jnp.float32) for name, part in parts.items()},
                 levels=tuple(jnp.asarray(table, jnp.float32) for table in tables),
-                widths=widths, dim=dim, rule=fitted.rule,
+                widths=tuple((width, count) for width, count in runs if width > 0), dim=dim, rule=fitted.rule,
+                code=trellis.code(ring, states=fitted.states) if ring else None,
             )
         )  # fmt: skip
     return tuple(out)

@@ -105,6 +105,7 @@ def candidates(
     queries: float = 0.5,
     shrinkage: tuple[float, float] = (0.1, 0.02),
     types: int = 0,
+    states: int = 0,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Candidates:
@@ -119,6 +120,7 @@ def candidates(
             counts in it, also those whose answer is so certain that small errors cost nothing.
         shrinkage: of the metrics of keys and of values; see `bases.shrunk`.
         types: of heads for which shared codebooks are searched (`head_types.share`); 0 searches none.
+        states: of the trellis that codes coordinates where it leaves less error; 0 leaves all to codebooks.
         seed: of the search.
         progress: called with a description, what is done and what there is to do.
 
@@ -148,8 +150,15 @@ def candidates(
         if types:
             fitted, _, taken, _ = head_types.share(np.random.default_rng(seed), fitted, samples[name], types=types)
             won[name] = {bits: float(x.mean()) for bits, x in zip(fitted.choices, taken, strict=True) if x.any()}
+        if states:
+            fitted = fit.with_trellis(
+                fitted, samples[name], states=states,
+                progress=lambda done, total, name=name: progress(f"trellis codes of {name}", done, total),
+            )  # fmt: skip
         parts.append(fitted)
     setting: dict[str, Any] = {"metric": metric, "queries": queries, "shrinkage": list(shrinkage), "types": types}
+    if states:
+        setting["states"] = states
     if types:
         setting["shared_codebooks"] = won
     return Candidates(keys=parts[0], values=parts[1], setting=setting)

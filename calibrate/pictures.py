@@ -113,6 +113,7 @@ def _bits(axis: Any, fitted: Fitted, quantizers: tuple[Mixed, ...]) -> None:
     table = np.zeros((len(quantizers), quantizers[0].dim))
     for layer, quantizer in enumerate(quantizers):
         bits = [bits for bits, count in quantizer.widths for _ in range(count)]
+        bits += [] if quantizer.code is None else quantizer.code.widths
         table[layer, : len(bits)] = bits
     image = axis.imshow(table, aspect="auto", interpolation="nearest", vmin=0, vmax=max(fitted.choices))
     axis.set_xlabel("coordinate, in falling order of bits")
@@ -122,13 +123,15 @@ def _bits(axis: Any, fitted: Fitted, quantizers: tuple[Mixed, ...]) -> None:
 
 
 def _loss(axis: Any, fitted: Fitted, quantizers: tuple[Mixed, ...]) -> None:
-    lines = fitted.losses.sum(axis=(2, 3)) / 2
+    scalar = [place for place, bits in enumerate(fitted.choices) if bits >= 0]
+    widths = [fitted.choices[place] for place in scalar]
+    lines = fitted.losses[scalar].sum(axis=(2, 3)) / 2
     for layer, (line, quantizer) in enumerate(zip(lines.T, quantizers, strict=True)):
-        drawn = axis.semilogy(fitted.choices, line, linewidth=0.8, label=f"layer {layer}")[0]
+        drawn = axis.semilogy(widths, line, linewidth=0.8, label=f"layer {layer}")[0]
         bits = 8 * quantizer.bytes_per_vector / quantizer.dim
-        loss = np.exp(np.interp(bits, fitted.choices, np.log(line)))
+        loss = np.exp(np.interp(bits, widths, np.log(line)))
         axis.plot(bits, loss, "o", color=drawn.get_color(), markersize=4)
-    axis.set_xlabel("bits of every coordinate; dots: the mean bits of a layer")
+    axis.set_xlabel("bits of every coordinate, without a trellis; dots: the mean bits of a layer")
     axis.set_ylabel("predicted loss: an order, not nats")
     if len(quantizers) <= _NAMED:
         axis.legend(fontsize=7, ncols=2)

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from jaxquant.codecs.errors import CorruptError, UnsupportedError
 
-_HOMES = re.compile(r"jaxquant\.(quantizers|mixed|rotations|codebooks|sketch|methods\.\w+)")
+_HOMES = re.compile(r"jaxquant\.(quantizers|mixed|rotations|codebooks|sketch|trellis|methods\.\w+)")
 _PLAIN = bool | int | float | str
 
 
@@ -58,7 +58,8 @@ def rebuild(node: Any, array: Callable[[str], Array], classes: dict[str, type]) 
     Args:
         node: what `describe` returned, or anything else that JSON can hold.
         array: gives the array of a name.
-        classes: by name, those from outside of jaxquant's own quantizers, rotations, codebooks, sketches and methods.
+        classes: by name, those from outside of jaxquant's own quantizers, rotations, codebooks, sketches, trellises
+            and methods.
 
     Raises:
         UnsupportedError: it names a class that is not allowed, or whose fields are others here.

@@ -44,6 +44,11 @@ def calibrate(
     head_types: Annotated[
         int, typer.Option(min=0, help="Types of heads for which shared codebooks are searched; 0: none.")
     ] = 0,
+    quantizer: Annotated[
+        Literal["scalar", "trellis"],
+        typer.Option(help="scalar: a codebook for each coordinate; trellis: or a trellis code, where it leaves less."),
+    ] = "scalar",
+    states: Annotated[int, typer.Option(help="Of the trellis, a power of 2 from 4 to 1024.")] = 256,
     steps: Annotated[int, typer.Option(min=0, help="Of gradient descent on what codes of keys decode to.")] = 0,
     seed: Annotated[int, typer.Option(help="Of pass keys, labels and searches.")] = 0,
     keep: Annotated[
@@ -68,7 +73,10 @@ def calibrate(
             found, ids, start=start, rows=rows, seq_len=seq_len, retrieval=retrieval, seed=seed, keep=keep,
             progress=step,
         )  # fmt: skip
-        candidates = make.candidates(measured, metric=metric, types=head_types, seed=seed, progress=step)
+        candidates = make.candidates(
+            measured, metric=metric, types=head_types, states=states if quantizer == "trellis" else 0, seed=seed,
+            progress=step,
+        )  # fmt: skip
         made = make.choose(
             found, measured, candidates, bits=bits, group=group, layer_groups=layer_groups, method=allocation,
             steps=steps,

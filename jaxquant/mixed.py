@@ -1,7 +1,8 @@
 """Transform coding of vectors: a linear basis, one byte of gain, and a width of its own for every run of coordinates.
 
 `Mixed` is what calibration makes: coordinates that matter get many bits and others none. The codes are one string of
-bytes a vector, the gain first, with no bit wasted; coordinates of width 0 cost neither bytes nor time.
+bytes a vector, the gain first, with no bit wasted; coordinates of width 0 cost neither bytes nor time. The last
+coordinates may share a trellis code (`trellis`), which leaves less error at equal bytes where coordinates are normal.
 """
 
 from typing import Literal
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from jaxquant import packing
+from jaxquant import packing, trellis
 from jaxquant._pytree import pytree, static
 from jaxquant.quantizers import Quantized
 
@@ -45,6 +46,7 @@ class Mixed:
         widths: the runs, as (bits of a coordinate, coordinates); a multiple of 8 coordinates wastes no bit.
         dim: length of the vectors.
         rule: how the stored gain is chosen.
+        code: of the coordinates after those runs, or None where there are none.
     """
 
     mean: Float[Array, "*heads dim"]
@@ -55,17 +57,18 @@ class Mixed:
     widths: Widths = static()
     dim: int = static()
     rule: Literal["least_squares", "preserve", "none"] = static(default="least_squares")
+    code: trellis.Code | None = None
 
     @property
     def width(self) -> int:
         """Coordinates that are coded."""
-        return sum(count for _, count in self.widths)
+        return self._scalars + (0 if self.code is None else self.code.dim)
 
     @property
     def bytes_per_vector(self) -> int:
         """Bytes of a code."""
         coded = sum(packing.packed_size(count, bits=bits) for bits, count in self.widths)
-        return coded + (self.rule != "none")
+        return coded + (0 if self.code is None else self.code.n_bytes) + (self.rule != "none")
 
     def coordinates(self, x: Float[Array, "*batch dim"], /) -> Float[Array, "*batch width"]:
         """Give the coordinates y that are coded."""
@@ -76,28 +79,23 @@ class Mixed:
         """Code vectors."""
         y = self.coordinates(x)
         if self.rule == "none":
-            return Quantized(codes=self._pack(self._assign(y)))
+            return Quantized(codes=self._codes(y))
         weights = _rows(self.weights)
         first = _gain_code(root_mean_square(y, weights))
-        codes = self._assign(y / _gain(first)[..., None])
-        levels = self._lookup(codes)
+        packed = self._codes(y / _gain(first)[..., None])
+        levels = self._levels(packed)
         energy = jnp.maximum(jnp.sum(weights * levels * levels, axis=-1), jnp.finfo(jnp.float32).tiny)
         if self.rule == "preserve":
             best = root_mean_square(y, weights) / energy**0.5
         else:
             peak = jnp.maximum(jnp.max(jnp.abs(y), axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
             best = jnp.sum(weights * (y / peak) * levels, axis=-1) / energy * peak[..., 0]
-        return Quantized(codes=jnp.concatenate([_gain_code(best)[..., None], self._pack(codes)], axis=-1))
+        return Quantized(codes=jnp.concatenate([_gain_code(best)[..., None], packed], axis=-1))
 
     def expand(self, code: Quantized, /) -> Float[Array, "*batch coded"]:
         """Look up and scale; the last coordinate is 1, and stands for the mean."""
-        start, codes = int(self.rule != "none"), []
-        packed = code.codes[..., start:]
-        for bits, count in self.widths:
-            size = packing.packed_size(count, bits=bits)
-            codes.append(packing.unpack(packed[..., :size], bits=bits, length=count))
-            packed = packed[..., size:]
-        levels = self._lookup(codes)
+        start = int(self.rule != "none")
+        levels = self._levels(code.codes[..., start:])
         if start:
             levels = levels * _gain(code.codes[..., 0])[..., None]
         return jnp.concatenate([levels, jnp.ones((*levels.shape[:-1], 1), jnp.float32)], axis=-1)
@@ -117,18 +115,29 @@ class Mixed:
         y = q[..., : self.width] if self.synthesis is None else _product(q, self.synthesis.mT)
         return jnp.concatenate([y, jnp.sum(q * _rows(self.mean), axis=-1, keepdims=True)], axis=-1)
 
-    def _assign(self, y: Float[Array, "*batch width"]) -> list[Array]:
-        codes, first = [], 0
-        for (_, count), levels in zip(self.widths, self.levels, strict=True):
+    @property
+    def _scalars(self) -> int:
+        return sum(count for _, count in self.widths)
+
+    def _codes(self, y: Float[Array, "*batch width"]) -> UInt8[Array, "*batch n_bytes"]:
+        """Code coordinates."""
+        packed, first = [], 0
+        for (bits, count), levels in zip(self.widths, self.levels, strict=True):
             boundaries = _rows((levels[..., 1:] + levels[..., :-1]) / 2, axes=2)
             beyond = y[..., first : first + count, None] > boundaries
-            codes.append(jnp.sum(beyond, axis=-1, dtype=jnp.uint8))
+            packed.append(packing.pack(jnp.sum(beyond, axis=-1, dtype=jnp.uint8), bits=bits))
             first += count
-        return codes
+        if self.code is not None:
+            cost = (_rows(self.weights)[..., first:] * self.width) ** 2
+            packed.append(trellis.encode(self.code, y[..., first:], cost))
+        return jnp.concatenate(packed, axis=-1)
 
-    def _lookup(self, codes: list[Array]) -> Float[Array, "*batch width"]:
+    def _levels(self, packed: UInt8[Array, "*batch n_bytes"]) -> Float[Array, "*batch width"]:
+        """Look codes up."""
         parts = []
-        for (bits, _), levels, code in zip(self.widths, self.levels, codes, strict=True):
+        for (bits, count), levels in zip(self.widths, self.levels, strict=True):
+            size = packing.packed_size(count, bits=bits)
+            code, packed = packing.unpack(packed[..., :size], bits=bits, length=count), packed[..., size:]
             if bits <= _SELECTED:
                 each = [_rows(levels[..., i]) for i in range(2**bits)]
                 for bit in range(bits):  # halve the choice, lowest bit first
@@ -138,11 +147,9 @@ class Mixed:
             else:
                 place = jnp.arange(levels.size // 2**bits, dtype=jnp.int32).reshape(levels.shape[:-1]) << bits
                 parts.append(jnp.take(levels.reshape(-1), _rows(place) + code.astype(jnp.int32), mode="clip"))
+        if self.code is not None:
+            parts.append(trellis.decode(self.code, packed))
         return jnp.concatenate(parts, axis=-1)
-
-    def _pack(self, codes: list[Array]) -> UInt8[Array, "*batch n_bytes"]:
-        packed = [packing.pack(code, bits=bits) for (bits, _), code in zip(self.widths, codes, strict=True)]
-        return jnp.concatenate(packed, axis=-1)
 
 
 def root_mean_square(y: Float[Array, "*batch width"], weights: Float[Array, "*heads width"]) -> Float[Array, "*batch"]:

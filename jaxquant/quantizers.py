@@ -136,17 +136,17 @@ class Scalar:
             )
         norm, y = self.coordinates(x)
         codes = codebooks.assign(self.codebook, y)
-        scales = norm * self._correction(y, codes)
+        if self.scale != "norm":
+            norm = norm * correction(self.scale, y, codebooks.lookup(self.codebook, codes))
         return Quantized(
-            codes=packing.pack(self._stored(codes), bits=self.bits), scales=rounded(scales, self.scale_dtype)
+            codes=packing.pack(self._stored(codes), bits=self.bits), scales=rounded(norm, self.scale_dtype)
         )
 
     def coordinates(
         self, x: Float[Array, "*batch dim"], /
     ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch dim"]]:
         """Split vectors into norms and rotated coordinates of unit variance."""
-        norm, direction = split_norm(jnp.nan_to_num(x.astype(jnp.float32)))
-        return norm, self.rotation.rotate(direction * self.dim**0.5)
+        return normalized(self.rotation, x)
 
     def levels(self, code: Quantized, /) -> Float[Array, "*batch dim"]:
         """Look up the unscaled levels c."""
@@ -178,22 +178,6 @@ class Scalar:
             return codes
         upper = codes < np.uint8(8) if inverse else codes >= np.uint8(8)
         return codes ^ jnp.where(upper, np.uint8(8), np.uint8(15))
-
-    def _correction(self, y: Float[Array, "*batch dim"], codes: UInt8[Array, "*batch dim"]) -> Array | float:
-        if self.scale == "norm":
-            return 1.0
-        levels = codebooks.lookup(self.codebook, codes)
-        along = jnp.sum(y * levels, axis=-1)
-        energy = jnp.maximum(jnp.sum(levels * levels, axis=-1), jnp.finfo(jnp.float32).eps)
-        match self.scale:
-            case "preserve":
-                return (self.dim / energy) ** 0.5
-            case "unbiased":
-                return self.dim / jnp.maximum(along, jnp.finfo(jnp.float32).eps)  # 0 for a zero vector only
-            case "least_squares":
-                return along / energy
-            case _:
-                raise ValueError(f"scale must be norm, preserve, unbiased or least_squares, got {self.scale!r}")
 
 
 @pytree
@@ -299,6 +283,47 @@ def split_norm(x: Float[Array, "*batch dim"]) -> tuple[Float[Array, "*batch"], F
     norm = peak * length
     norm = jnp.where(large, jnp.minimum(norm, 2.0**62) * 2.0**64, norm)
     return norm[..., 0], x / jnp.maximum(length, 1.0)
+
+
+def normalized(
+    rotation: Rotation, x: Float[Array, "*batch dim"]
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch dim"]]:
+    """Split vectors into norms and rotated coordinates of unit variance; NaN counts as 0.
+
+    Example:
+        >>> from jaxquant import rotations
+        >>> normalized(rotations.Identity(dim=2), jnp.array([3.0, 4.0]))[0]
+        Array(5., dtype=float32)
+    """
+    norm, direction = split_norm(jnp.nan_to_num(x.astype(jnp.float32)))
+    return norm, rotation.rotate(direction * rotation.dim**0.5)
+
+
+def correction(
+    rule: ScaleRule, y: Float[Array, "*batch dim"], levels: Float[Array, "*batch dim"]
+) -> Float[Array, "*batch"]:
+    """Give the factor of the norm that a scale rule asks for, once the levels of coordinates y are known.
+
+    Raises:
+        ValueError: the rule is not one of those of `Scalar`.
+
+    Example:
+        >>> correction("preserve", jnp.ones(4), jnp.full(4, 0.5))
+        Array(2., dtype=float32)
+    """
+    along = jnp.sum(y * levels, axis=-1)
+    energy = jnp.maximum(jnp.sum(levels * levels, axis=-1), jnp.finfo(jnp.float32).eps)
+    match rule:
+        case "norm":
+            return jnp.ones_like(energy)
+        case "preserve":
+            return (y.shape[-1] / energy) ** 0.5
+        case "unbiased":
+            return y.shape[-1] / jnp.maximum(along, jnp.finfo(jnp.float32).eps)  # 0 for a zero vector only
+        case "least_squares":
+            return along / energy
+        case _:
+            raise ValueError(f"scale must be norm, preserve, unbiased or least_squares, got {rule!r}")
 
 
 def rounded(x: Float[Array, "*batch"], dtype: ScaleDtype) -> Float[Array, "*batch"]:

@@ -85,7 +85,8 @@ def main(wheel: str, tree: str, sdist: str) -> None:
                 raise
     assert importlib.import_module("jaxquant.calibrate")
     print(
-        f"imported in {check_import():.2f} s; {len(packed)} modules, model of {sum(info.file_size for info in small):,} bytes"
+        f"imported in {check_import():.2f} s; {len(packed)} modules, "
+        f"model of {sum(info.file_size for info in small):,} bytes"
     )
 
 

@@ -171,7 +171,7 @@ def changed(path, made, *, record=None, arrays=None):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(version=2), "calibration of version 2"),
+        (lambda r: r.update(version=3), "calibration of version 3; this jaxquant reads versions 1 and 2"),
         (lambda r: r.update(dim=10**9), "dim is 1000000000"),
         (lambda r: r.update(layers=True), "layers is True"),
         (lambda r: r.update(kv_heads=3), "not float32 \\[3, 32\\]"),

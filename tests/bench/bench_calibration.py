@@ -32,7 +32,7 @@ from jaxquant import evaluate, models, needles, quantizers
 from jaxquant.cache import KVCache
 from jaxquant.calibrate import make, rank
 from jaxquant.calibrate.measured import Measured
-from jaxquant.methods import turboquant
+from jaxquant.methods import trellis, turboquant
 
 CHUNK, NEEDLE_BATCH = 256, 4
 TEXTS = {  # name: rows of code, rows of English, share of rows with pass keys
@@ -47,6 +47,7 @@ TEXTS = {  # name: rows of code, rows of English, share of rows with pass keys
 MAIN = "code and pass keys"
 BITS = (3.0, 2.5, 2.25, 2.0)
 EXACT = ((0, 0), (4, 128))
+STATES = 256  # of trellis codes
 COLUMNS = (
     "bits", "perplexity", "%", "KL, nats", "same top token", "pass keys", "WikiText-2, %", "KL", "top token",
 )  # fmt: skip
@@ -106,10 +107,10 @@ class Bench:
         return found
 
     @functools.cache  # noqa: B019
-    def candidates(self, text: str, metric: make.Metric = "information") -> make.Candidates:
+    def candidates(self, text: str, metric: make.Metric = "information", states: int = 0) -> make.Candidates:
         """Fit codebooks."""
         self.say("fitting codebooks:", text, metric)
-        return make.candidates(self.measured(text), metric=metric)
+        return make.candidates(self.measured(text), metric=metric, states=states)
 
     @functools.cache  # noqa: B019
     def eigenbasis(self, half: rank.Half) -> Any:
@@ -124,10 +125,11 @@ class Bench:
         metric: make.Metric = "information",
         layer_groups: int | None = None,
         method: make.Allocation = "exact",
+        states: int = 0,
     ) -> Pair:
         """Make our quantizers."""
         made = make.choose(
-            self.model, self.measured(text), self.candidates(text, metric),
+            self.model, self.measured(text), self.candidates(text, metric, states),
             bits=bits, layer_groups=layer_groups, method=method,
         )  # fmt: skip
         return made.keys, made.values
@@ -135,6 +137,10 @@ class Bench:
     def turboquant(self, k: int, v: int) -> Pair:
         """Make TurboQuant's quantizers, with the levels of the paper."""
         return turboquant.kv(jax.random.key(0), dim=self.model.architecture.dim, bits_k=k, bits_v=v, fused=False)
+
+    def trellis(self, k: float, v: float) -> Pair:
+        """Make trellis codes of rotated vectors."""
+        return trellis.kv(jax.random.key(0), dim=self.model.architecture.dim, bits_k=k, bits_v=v, states=STATES)
 
     def score(self, setting: Setting) -> None:
         """Score one setting, as far as its file does not hold the scores yet."""
@@ -240,6 +246,12 @@ def settings(model: models.Model) -> list[Setting]:
         for k, v in ((4, 4), (4, 3), (3, 3), (4, 2), (3, 2), (2, 2)):
             build = lambda b, k=k, v=v: b.turboquant(k, v)  # noqa: E731
             out.append(Setting(name=f"TurboQuant K{k}/V{v}", text=None, build=build, **kept))
+    for bits in BITS:
+        build = calibrated(bits, states=STATES)
+        out.append(Setting(table="trellis", name=f"calibrated, trellis {bits}", text=MAIN, build=build))
+    for k, v in ((2, 2), (2.25, 2.25), (2.5, 2.5), (3, 2), (3, 3)):
+        build = lambda b, k=k, v=v: b.trellis(k, v)  # noqa: E731
+        out.append(Setting(table="trellis", name=f"trellis K{k}/V{v}", text=None, build=build))
     for text in TEXTS:
         for bits in (2.5, 2.0):
             if text != MAIN:
