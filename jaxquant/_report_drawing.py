@@ -20,7 +20,8 @@ _MARKERS = (
     "M-2,-5.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5v-4h3.5z",
 )
 
-Box = tuple[float, float, float, float]
+Number = int | float
+Box = tuple[Number, Number, Number, Number]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Line:
     """
 
     name: str
-    points: Sequence[tuple[float, float, str]]
+    points: Sequence[tuple[Number, Number, str]]
 
 
 def chart(
@@ -46,8 +47,8 @@ def chart(
     y_label: str,
     width: int,
     height: int,
-    limit: tuple[float, str] | None = None,
-    ring: tuple[float, float] | None = None,
+    limit: tuple[Number, str] | None = None,
+    ring: tuple[Number, Number] | None = None,
     whole: bool = False,
 ) -> Markup:
     """Draw lines over a logarithmic axis.
@@ -71,7 +72,7 @@ def chart(
     left, right = (min(columns) - 0.3, max(columns) + 0.3) if whole else (0.0, 1.08 * max(columns))
     inner = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
 
-    def at(x: float, y: float) -> tuple[float, float]:
+    def at(x: Number, y: Number) -> tuple[float, float]:
         share = (math.log10(max(y, _FLOOR)) - low) / (high - low)
         return _LEFT + inner[0] * (x - left) / (right - left), _TOP + inner[1] * (1 - share)
 
@@ -101,7 +102,10 @@ def chart(
     if limit is not None:
         _, row = at(0, limit[0])
         parts += [_rule(_LEFT, row, width - _RIGHT, row, "limit"), _text(limit[1], width - _RIGHT, row - 5, "end")]
-        taken.append((width - _RIGHT - _LETTER * len(limit[1]), row - _LINE - 3, width - _RIGHT, row))
+        taken += [
+            (width - _RIGHT - _LETTER * len(limit[1]), row - _LINE - 3, width - _RIGHT, row),
+            (_LEFT, row - 1, width - _RIGHT, row + 1),
+        ]
     if ring is not None:
         x, y = at(*ring)
         taken.append(_around(x, y, 12.0))
@@ -124,7 +128,7 @@ def chart(
     )  # fmt: skip
 
 
-def _label(text: str, x: float, y: float, frame: Box, taken: list[Box], kind: str | None) -> Markup:
+def _label(text: str, x: Number, y: Number, frame: Box, taken: list[Box], kind: str | None) -> Markup:
     """Write a label beside a point, where it covers least of what is there already."""
     size = 1.1 * _LETTER * len(text) if kind else _LETTER * len(text)
     places = [
@@ -148,28 +152,28 @@ def _along(start: tuple[float, float], stop: tuple[float, float]) -> list[tuple[
     return [(start[0] + (stop[0] - start[0]) * share, start[1] + (stop[1] - start[1]) * share) for share in shares]
 
 
-def _around(x: float, y: float, reach: float) -> Box:
+def _around(x: Number, y: Number, reach: Number) -> Box:
     return x - reach, y - reach, x + reach, y + reach
 
 
-def _shared(one: Box, other: Box) -> float:
+def _shared(one: Box, other: Box) -> Number:
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(0.0, width) * max(0.0, height)
 
 
-def _outside(box: Box, frame: Box) -> float:
+def _outside(box: Box, frame: Box) -> Number:
     return (box[2] - box[0]) * (box[3] - box[1]) - _shared(box, frame)
 
 
-def _decades(low: float, high: float) -> list[float]:
+def _decades(low: Number, high: Number) -> list[float]:
     """Give the levels that a logarithmic axis names: powers of ten, and 2 and 5 between where they are few."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     factors = (1, 2, 5) if high - low < 2.2 else (1,)
     return [f * 10.0**p for p in powers for f in factors if low <= math.log10(f) + p <= high]
 
 
-def _steps(low: float, high: float, most: int, *, whole: bool) -> list[float]:
+def _steps(low: Number, high: Number, most: int, *, whole: bool) -> list[float]:
     """Give at most so many round numbers, evenly apart."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
@@ -178,9 +182,9 @@ def _steps(low: float, high: float, most: int, *, whole: bool) -> list[float]:
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _rule(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+def _rule(x1: Number, y1: Number, x2: Number, y2: Number, kind: str) -> Markup:
     return tag("line", class_=kind, x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}")
 
 
-def _text(text: str, x: float, y: float, anchor: str, kind: str | None = None) -> Markup:
+def _text(text: str, x: Number, y: Number, anchor: str, kind: str | None = None) -> Markup:
     return tag("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, class_=kind)

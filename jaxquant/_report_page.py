@@ -10,7 +10,7 @@ from jaxquant._report_style import STYLE
 
 GIB = 2.0**30
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_WIDE, _NARROW = (800, 430), (326, 370)  # pictures for desktops and for phones, at one size of letters
+_WIDE, _NARROW = (960, 430), (326, 370)  # pictures for desktops and for phones, at one size of letters
 
 
 def page(report: dict[str, Any]) -> str:
@@ -139,7 +139,10 @@ def _tradeoff(report: dict[str, Any]) -> Markup:
     limit = report["limits"]["kl"]
     return _section(
         "Bytes against quality",
-        tag("p", "Further left is smaller, further down is better. The ring marks the recommended setting."),
+        tag(
+            "p", "Further left is smaller, further down is better.",
+            " The ring marks the recommended setting." if ring else "",
+        ),
         _picture(
             lines, name="tradeoff", title="KL divergence against bytes per token", description=words,
             x_label="bytes per token and kv head", y_label="KL divergence, nats a token",
@@ -248,12 +251,12 @@ def _picture(lines: list[Line], *, name: str, **about: Any) -> Markup:
     return tag("figure", *pictures)
 
 
-def _number(value: float | None, form: str) -> Markup:
+def _number(value: int | float | None, form: str) -> Markup:
     """Write a number for people, and in full for programs."""
     return tag("data", _shown(value, form), value=json.dumps(value))
 
 
-def _shown(value: float | None, form: str) -> str:
+def _shown(value: int | float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
 
 

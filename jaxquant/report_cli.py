@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 
 def report(
-    context: typer.Context,
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
     model: ModelDir = None,
     tokens: Annotated[
@@ -111,7 +111,7 @@ def report(
         "nearest": measuring.nearest(measured.rows).name,
         "plan": planned,
         "made": {
-            "command": _command(context),
+            "command": shlex.join(["jaxquant", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "seconds": time.perf_counter() - began,
             "versions": {"python": platform.python_version()}
@@ -163,19 +163,6 @@ def _planned(
         kind = one.bits if one.method == "turboquant" else ""
         kinds[one.name] = plan_cli.predicted(kind, held, machine, **given)
     return kinds
-
-
-def _command(context: typer.Context) -> str:
-    """Write the command again, with what differs from the defaults."""
-    words = ["jaxquant", "report"]
-    for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        if value in (None, parameter.default, False) or (isinstance(value, list | tuple) and not value):
-            continue
-        option = max(parameter.opts, key=len)
-        for one in value if isinstance(value, list | tuple) else [value]:
-            words += [option] if one is True else [option, str(one)]
-    return shlex.join(words)
 
 
 def _hardware() -> dict[str, Any]:
