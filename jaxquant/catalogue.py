@@ -95,6 +95,40 @@ def entries() -> dict[str, Method]:
     return {name: read(name, importlib.import_module(f"{methods.__name__}.{name}")) for name in names()}
 
 
+def find(method: str, *functions: str) -> Any:
+    """Turn the name of a file, or `package.module:Object`, into what it names.
+
+    Args:
+        method: as users write it.
+        functions: the first of these that a file has; those of `FUNCTIONS` by default.
+
+    Raises:
+        ValueError: there is no such file or object.
+
+    Example:
+        >>> find("turboquant").__name__
+        'kv'
+    """
+    module, _, name = method.partition(":")
+    if name:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"--method {method!r}: {error}") from None
+    files = {entry: importlib.import_module(f"{methods.__name__}.{entry}") for entry in names()}
+    available = {
+        entry: getattr(file, function)
+        for function in reversed(functions or FUNCTIONS)
+        for entry, file in files.items()
+        if hasattr(file, function)
+    }
+    if module not in available:
+        raise ValueError(
+            f"--method must be one of {', '.join(sorted(available))}, or package.module:Object, got {method!r}"
+        )
+    return available[module]
+
+
 def wanted(builder: Callable[..., Any]) -> list[str]:
     """Name the statistics of a model that a builder asks for.
 

@@ -1,17 +1,25 @@
 """The `jaxquant` command: the only place where strings become objects."""
 
-import importlib
 import importlib.metadata
 import inspect
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 import jaxquant
-from jaxquant import _console, benchmark_cli, calibration_cli, conversion_cli, migration_cli, plan_cli, qatc_cli
+from jaxquant import (
+    _console,
+    benchmark_cli,
+    calibration_cli,
+    conversion_cli,
+    migration_cli,
+    plan_cli,
+    qatc_cli,
+    report_cli,
+)
 from jaxquant._console import Json, ModelDir, err, out
 
 if TYPE_CHECKING:
@@ -129,10 +137,11 @@ def benchmark(
     import jax
 
     from jaxquant import benchmark as measure
+    from jaxquant import catalogue
 
     if inputs not in measure.INPUTS:
         raise ValueError(f"--input must be one of {', '.join(measure.INPUTS)}, got {inputs!r}")
-    build = _function(method, "mse")
+    build = catalogue.find(method, "mse")
     given = {"scale": scale, "rotation": rotation}
     settings = {name: value for name, value in given.items() if name in inspect.signature(build).parameters}
     rotate, draw = jax.random.split(jax.random.key(seed))
@@ -245,6 +254,7 @@ def compare(
 app.command()(calibration_cli.calibrate)
 app.command()(conversion_cli.convert)
 app.command()(migration_cli.migrate)
+app.command()(report_cli.report)
 
 
 @app.command(name="eval")
@@ -318,29 +328,5 @@ def _trial(
     sinks, window = (
         default if size is None else size for size, default in zip((sinks, window), exact_tokens, strict=True)
     )
-    build = _function(method or "turboquant", *catalogue.FUNCTIONS)
+    build = catalogue.find(method or "turboquant")
     return Trial.load(model, build, bits_k=bits_k, bits_v=bits_v, sinks=sinks, window=window, seed=seed)
-
-
-def _function(method: str, *defaults: str) -> Any:
-    """Turn the name of a method, or `package.module:Object`, into what it names."""
-    from jaxquant import catalogue
-
-    module, _, name = method.partition(":")
-    if not name:
-        found = {entry: importlib.import_module(f"jaxquant.methods.{entry}") for entry in catalogue.names()}
-        available = {
-            entry: getattr(file, default)
-            for default in reversed(defaults)
-            for entry, file in found.items()
-            if hasattr(file, default)
-        }
-        if module not in available:
-            raise ValueError(
-                f"--method must be one of {', '.join(sorted(available))}, or package.module:Object, got {method!r}"
-            )
-        return available[module]
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--method {method!r}: {error}") from None

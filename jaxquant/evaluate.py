@@ -142,7 +142,8 @@ def compare(
             )
         done = []
         for start, stop in zip(cuts, [*cuts[1:], fed], strict=True):
-            caches, change, scores = _step(graph, state, caches, some[:, start:stop], some[:, start + 1 : stop + 1])
+            logits, caches = zip(*(_step(graph, state, cache, some[:, start:stop]) for cache in caches), strict=True)
+            change, scores = _score(*logits, some[:, start + 1 : stop + 1])
             moved = max(moved, float(change)) if np.isfinite(change) else np.inf
             done.append(tuple(np.asarray(score) for score in scores))
             if progress is not None:
@@ -176,16 +177,22 @@ def _exact_tokens(cache: Cache, fed: int) -> int:
     return min((stack.sinks + stack.window for stack in lossy), default=fed)
 
 
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames="caches")
+# One cache at a time, so that many caches compared with one baseline compile that once.
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _step(
-    graph: nnx.GraphDef,
-    state: PyTree[Array],
-    caches: tuple[Cache, Cache],
-    tokens: Int[Array, "batch new"],
-    following: Int[Array, "batch new"],
-) -> tuple[tuple[Cache, Cache], Float[Array, ""], tuple[Array, ...]]:
+    graph: nnx.GraphDef, state: PyTree[Array], cache: Cache, tokens: Int[Array, "batch new"]
+) -> tuple[Float[Array, "batch new vocabulary"], Cache]:
     decoder: Decoder = nnx.merge(graph, state)
-    logits, after = zip(*(decoder(tokens, cache) for cache in caches), strict=True)
+    return decoder(tokens, cache)  # pyright: ignore[reportReturnType]
+
+
+@jax.jit
+def _score(
+    baseline: Float[Array, "batch new vocabulary"],
+    compressed: Float[Array, "batch new vocabulary"],
+    following: Int[Array, "batch new"],
+) -> tuple[Float[Array, ""], tuple[Array, ...]]:
+    logits = baseline, compressed
     first, second = (jax.nn.log_softmax(x) for x in logits)
     best = [jnp.argmax(x, axis=-1) for x in logits]
     scores = (
@@ -196,8 +203,7 @@ def _step(
         best[1] == following,
         best[0] == best[1],
     )
-    change = jnp.max(jnp.abs(logits[0] - logits[1])) / jnp.max(jnp.abs(logits[0]))
-    return after, change, scores  # pyright: ignore[reportReturnType]
+    return jnp.max(jnp.abs(logits[0] - logits[1])) / jnp.max(jnp.abs(logits[0])), scores
 
 
 def _pick(x: Float[Array, "batch new vocabulary"], index: Int[Array, "batch new"]) -> Float[Array, "batch new"]:

@@ -1,14 +1,18 @@
 """`jaxquant plan`: the command line of `plan`."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from jaxquant import _console
 from jaxquant._console import Json, ModelDir, out
+
+if TYPE_CHECKING:
+    from jaxquant.plan import Machine
 
 # Of the read bandwidth of an H200, over whole operations, 32 rows of 131,072 tokens: docs/kernels.md.
 MEASURED = {"bf16": 1.0, "K4V4": 0.83, "K4V2": 0.80, "K2V2": 0.75, "K3V3": 0.68}
@@ -65,14 +69,11 @@ def plan(
             kept = {"sinks": min(sinks, tokens - 1), "window": window}
             return planning.cache_bytes(shape, pair, context=tokens, batch=batch, **kept)
 
-        share = MEASURED.get(name)
-        fixed = shape.layers * LAYER.get(name, PACKED_LAYER)
-        given = {"context": context, "batch": batch, "fixed": fixed}
-        found = planning.plan(held, weights, machine, share=share or ASSUMED, **given)
-        rows[name] = dataclasses.asdict(found) | {"share": share or ASSUMED, "share_measured": share is not None}
+        given = {"layers": shape.layers, "weights": weights, "context": context, "batch": batch}
+        rows[name] = predicted(name, held, machine, **given)
         if name == "bf16":  # a byte a coordinate and no scale, as serving engines store it
-            half = planning.plan(lambda tokens, held=held: held(tokens) // 2, weights, machine, share=1.0, **given)
-            rows["fp8"] = dataclasses.asdict(half) | {"share": 1.0, "share_measured": False}
+            half = predicted(name, lambda tokens, held=held: held(tokens) // 2, machine, **given)
+            rows["fp8"] = half | {"share_measured": False}
     if as_json:
         return _console.print_json(
             {"context": context, "batch": batch, "devices": devices, "hbm_gb": hbm, "caches": rows}
@@ -87,6 +88,38 @@ def plan(
             f"{row['share']:.0%}" + ("" if row["share_measured"] else " (assumed)"),
         )  # fmt: skip
     out.print(table)
+
+
+def predicted(
+    kind: str,
+    held: Callable[[int], int],
+    machine: "Machine",
+    *,
+    layers: int,
+    weights: int,
+    context: int,
+    batch: int,
+) -> dict[str, Any]:
+    """Plan one kind of cache, at the share of the bandwidth that was measured for it, or half where none was.
+
+    Args:
+        kind: bf16, or bits such as K4V2 where they are TurboQuant's.
+        held: gives the bytes of the cache for a number of tokens a row.
+        machine: to run on.
+        layers: of the model.
+        weights: bytes of the model.
+        context: tokens of a row.
+        batch: rows.
+
+    Returns:
+        The fields of `plan.Plan`, `share`, and `share_measured`.
+    """
+    from jaxquant import plan as planning
+
+    share = MEASURED.get(kind)
+    fixed = layers * LAYER.get(kind, PACKED_LAYER)
+    found = planning.plan(held, weights, machine, context=context, batch=batch, share=share or ASSUMED, fixed=fixed)
+    return dataclasses.asdict(found) | {"share": share or ASSUMED, "share_measured": share is not None}
 
 
 LLAMA_8B = {

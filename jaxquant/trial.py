@@ -350,12 +350,13 @@ def build(
     if not known.issuperset(asked):
         raise ValueError(f"{method.__name__} asks for {', '.join(asked)}; there are {', '.join(sorted(known))}")
     if asked:
-        measured = _measured(model) if measured is None else measured
+        measured = sampled(model) if measured is None else measured
         given |= {name: getattr(measured, name) for name in asked}
     return method(key, **given)
 
 
-def _measured(model: models.Model) -> Statistics:
+def sampled(model: models.Model) -> Statistics:
+    """Collect statistics of a model over the last 4,096 tokens of the text in the package."""
     text = token_files.read(model, None)
     start = len(text) - _SAMPLED_ROWS * _SAMPLED_LENGTH
     rows = evaluate.rows(text, start=start, count=_SAMPLED_ROWS, length=_SAMPLED_LENGTH - 1)
