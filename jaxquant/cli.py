@@ -1,6 +1,5 @@
 """The `jaxquant` command: the only place where strings become objects."""
 
-import importlib.metadata
 import inspect
 import sys
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-import jaxquant
 from jaxquant import (
     _console,
     benchmark_cli,
     calibration_cli,
     conversion_cli,
+    listing_cli,
     migration_cli,
     plan_cli,
     qatc_cli,
@@ -35,6 +34,8 @@ app = typer.Typer(
 app.add_typer(qatc_cli.app, name="qatc")
 app.add_typer(benchmark_cli.app, name="benchmark")
 app.command()(plan_cli.plan)
+app.command()(listing_cli.info)
+app.command()(listing_cli.methods)
 
 Method = Annotated[str, typer.Option(help="A name that `jaxquant methods` lists, or package.module:Object.")]
 CacheMethod = Annotated[
@@ -51,6 +52,17 @@ Sinks = Annotated[int | None, typer.Option(min=0, help="First tokens of a row th
 Window = Annotated[int | None, typer.Option(min=0, help="Newest tokens of a row that stay exact; 32, and 0 for eval.")]
 Seed = Annotated[int, typer.Option(help="Of the rotations (and of sampling).")]
 
+_LINES = (  # labels, keys and formats of the numbers in a report, in reading order
+    ("cache of the prompt, bytes held", "cache_bytes", ",.0f"),
+    ("scored text: bytes per token and kv head", "bytes_per_token", ".1f"),
+    ("perplexity", "perplexity", ".4f"),
+    ("KL divergence, nats", "kl", ".5f"),
+    ("same most probable token", "top1", ".2%"),
+    ("pass-key tokens right", "needle_accuracy", ".2%"),
+    ("prefill, tokens/s", "prefill_tokens_per_second", ",.1f"),
+    ("decode, tokens/s", "decode_tokens_per_second", ",.1f"),
+)
+
 
 def main() -> None:
     """Run the command; an error of the user's input is one line on stderr and exit status 1."""
@@ -59,64 +71,6 @@ def main() -> None:
     except (ValueError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
         err.print(f"jaxquant: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
-
-
-@app.command()
-def info(as_json: Json = False) -> None:
-    """Show versions, devices, and what this installation can do."""
-    import jax
-
-    from jaxquant import catalogue
-    from jaxquant.models.architecture import FAMILIES
-
-    report = {
-        "jaxquant": jaxquant.__version__,
-        "python": sys.version.split()[0],
-        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
-        "backend": jax.default_backend(),
-        "devices": [str(device) for device in jax.devices()],
-        "model families": list(FAMILIES),
-        "methods": catalogue.names(),
-    }
-    _console.show(report, as_json, title="jaxquant")
-
-
-@app.command()
-def methods(
-    as_json: Json = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/methods.md.")] = False,
-) -> None:
-    """List the methods, one file each, with their sources and what they cost."""
-    from jaxquant import catalogue
-
-    if markdown:
-        return print(catalogue.page(), end="")
-    report = {}
-    with _console.bar() as bar:
-        for entry in bar.track(list(catalogue.entries().values()), description="counting"):
-            settings = {name: catalogue.cost(builder)._asdict() for name, builder in entry.builders.items()}
-            report[entry.name] = {
-                "summary": entry.summary,
-                "source": entry.source,
-                "caches": bool(settings),
-                "cost": settings.pop("", None),
-                "variants": settings,
-            }
-    if as_json:
-        return _console.print_json(report)
-    table = Table("method", "what it does", "source", "bytes per token", "encode", "decode", show_lines=True)
-    for name, entry in report.items():
-        for variant, cost in {"": entry["cost"], **entry["variants"]}.items():
-            cells = []
-            if cost is not None:
-                cells = [f"{cost['bytes_per_token']:.0f} at {cost['bits']} bits"]
-                cells += [f"{cost[part]:.0f}" for part in ("encode", "decode")]
-            about = ["", ""] if variant else [entry["summary"], entry["source"]]
-            table.add_row(f"{name}, {variant}" if variant else name, *about, *cells)
-    out.print(table)
-    out.print(
-        "Bytes of key and value for one kv head of 128; floating-point operations a coordinate, as XLA counts them."
-    )
 
 
 @benchmark_cli.app.command(name="vectors")
@@ -230,8 +184,6 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with and without compression, and measure what it saved and what it cost."""
-    from jaxquant import trial
-
     chosen = _trial(model, method, bits_k, bits_v, sinks, window, seed, exact_tokens=(4, 32))
     with _console.bar() as bar:
         report = chosen.compare(
@@ -244,7 +196,7 @@ def compare(
         out.print(prompt, report[name]["text"], sep="", markup=False, highlight=False, soft_wrap=True)
     out.rule()
     table = Table("", "baseline (16 bit)", "compressed")
-    for label, key, form in trial.LINES:
+    for label, key, form in _LINES:
         cells = [format(report[name][key], form) if key in report[name] else "" for name in ("baseline", "compressed")]
         table.add_row(label, *cells)
     out.print(table)
@@ -282,12 +234,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, KL divergence, agreement and pass-key retrieval through the packed cache."""
-    from jaxquant import trial
+    from jaxquant.trial import Trial
 
     if calibration is None:
         chosen = _trial(model, method, bits_k, bits_v, sinks, window, seed, exact_tokens=(0, 0))
     else:
-        chosen = trial.Trial.calibrated(model, calibration, sinks=sinks or 0, window=window or 0)
+        chosen = Trial.calibrated(model, calibration, sinks=sinks or 0, window=window or 0)
     with _console.bar() as bar:
         report = chosen.measure(
             tokens, start=start, rows=rows, seq_len=seq_len, needle_file=needles, needle_rows=needle_rows,
@@ -296,7 +248,7 @@ def evaluate(
     if as_json:
         return _console.print_json(report)
     table = Table("", "baseline", "compressed")
-    for label, key, form in trial.LINES:
+    for label, key, form in _LINES:
         if any(key in report[name] for name in ("baseline", "compressed")):
             cells = [
                 format(report[name][key], form) if key in report[name] else "" for name in ("baseline", "compressed")

@@ -4,17 +4,15 @@ These are the reports behind `jaxquant run`, `compare` and `eval`, as plain dict
 """
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import PRNGKeyArray
 
 from jaxquant import (
-    catalogue,
+    compression,
     evaluate,
     models,
     needles,
@@ -24,29 +22,13 @@ from jaxquant import (
     quantizers,
     token_files,
 )
-from jaxquant.calibrate import files, statistics
-from jaxquant.calibrate.statistics import Statistics
+from jaxquant.calibrate import files
 from jaxquant.models.loading import SMALL
 from jaxquant.pipeline import Pipeline
 from jaxquant.prepared import Prepared
 from jaxquant.protocols import Cache, Quantizer
 
 Progress = Callable[[str, int, int], object]
-Compression = Pipeline | tuple[Quantizer | Sequence[Quantizer], Quantizer | Sequence[Quantizer]]
-
-_SAMPLED_ROWS, _SAMPLED_LENGTH = 8, 512
-
-LINES = (
-    ("cache of the prompt, bytes held", "cache_bytes", ",.0f"),
-    ("scored text: bytes per token and kv head", "bytes_per_token", ".1f"),
-    ("perplexity", "perplexity", ".4f"),
-    ("KL divergence, nats", "kl", ".5f"),
-    ("same most probable token", "top1", ".2%"),
-    ("pass-key tokens right", "needle_accuracy", ".2%"),
-    ("prefill, tokens/s", "prefill_tokens_per_second", ",.1f"),
-    ("decode, tokens/s", "decode_tokens_per_second", ",.1f"),
-)
-"""Labels, keys and formats of the numbers in a report, in reading order."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +45,7 @@ class Trial:
     """
 
     model: models.Model
-    compression: Compression
+    compression: compression.Compression
     sinks: int
     window: int
     setting: str
@@ -114,7 +96,7 @@ class Trial:
             built = method if isinstance(method, Pipeline) else (method, method)
             words = type(method).__name__
         else:
-            built = build(model, method, jax.random.key(seed), bits_k=bits_k, bits_v=bits_v)
+            built = compression.build(model, method, jax.random.key(seed), bits_k=bits_k, bits_v=bits_v)
             words = f"{method.__module__.rpartition('.')[2]} K{bits_k}/V{bits_v}"
         setting = _setting(model, words, sinks, window)
         return Trial(model=model, compression=built, sinks=sinks, window=window, setting=setting)
@@ -316,51 +298,6 @@ class Trial:
         marked = needles.answers(rows, self.model.tokenizer)
         scores, *_ = self._score(rows, dtype, chunk, batch, "asking for pass keys", progress)
         return scores.retrieval(marked)
-
-
-def build(
-    model: models.Model,
-    method: Callable[..., Any],
-    key: PRNGKeyArray,
-    *,
-    bits_k: int,
-    bits_v: int,
-    measured: Statistics | None = None,
-) -> Compression:
-    """Build what a method makes for a model.
-
-    Args:
-        model: to compress the cache of.
-        method: a function of a key, `bits_k`, `bits_v`, perhaps `dim`, and perhaps of statistics of the model, by the
-            names of their attributes; see `catalogue`.
-        key: of what is random.
-        bits_k: bits per coordinate of keys.
-        bits_v: bits per coordinate of values.
-        measured: statistics of the model; None collects them, where they are asked for, over the last 4,096 tokens of
-            the text in the package.
-
-    Raises:
-        ValueError: the method asks for statistics that there are not.
-    """
-    given: dict[str, Any] = {"bits_k": bits_k, "bits_v": bits_v}
-    if "dim" in inspect.signature(method).parameters:
-        given["dim"] = model.architecture.dim
-    asked = catalogue.wanted(method)
-    known = {field.name for field in dataclasses.fields(Statistics)}
-    if not known.issuperset(asked):
-        raise ValueError(f"{method.__name__} asks for {', '.join(asked)}; there are {', '.join(sorted(known))}")
-    if asked:
-        measured = sampled(model) if measured is None else measured
-        given |= {name: getattr(measured, name) for name in asked}
-    return method(key, **given)
-
-
-def sampled(model: models.Model) -> Statistics:
-    """Collect statistics of a model over the last 4,096 tokens of the text in the package."""
-    text = token_files.read(model, None)
-    start = len(text) - _SAMPLED_ROWS * _SAMPLED_LENGTH
-    rows = evaluate.rows(text, start=start, count=_SAMPLED_ROWS, length=_SAMPLED_LENGTH - 1)
-    return statistics.collect(model.decoder, rows, samples=1024)
 
 
 def _setting(model: models.Model, method: str, sinks: int, window: int) -> str:

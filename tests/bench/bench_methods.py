@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxquant import attention, catalogue, evaluate, models, needles, pipeline, token_files, trial
+from jaxquant import attention, catalogue, compression, evaluate, models, needles, pipeline, token_files, trial
 from jaxquant import cache as caches
 from jaxquant.calibrate import fisher as gradients
 from jaxquant.calibrate import statistics
@@ -159,7 +159,7 @@ class Text:
     def measure(self, builder: Callable[..., Any], bits: int) -> dict[str, Any]:
         """Measure one row of the table."""
         model, capacity = self.model, self.tokens.shape[1] - 1
-        built = trial.build(model, builder, jax.random.key(0), bits_k=bits, bits_v=bits, measured=self.measured)
+        built = compression.build(model, builder, jax.random.key(0), bits_k=bits, bits_v=bits, measured=self.measured)
         cache = trial.Trial(model=model, compression=built, sinks=0, window=0, setting="").cache(
             len(self.tokens), capacity
         )
@@ -209,7 +209,7 @@ def compared(usual: Array, found: Array, following: Array) -> Compared:
     return Compared(*losses, best[0] == following, best[1] == following, best[0] == best[1], kl, moved)
 
 
-def times(built: trial.Compression, model: models.Model, bits: int) -> tuple[float, float]:
+def times(built: compression.Compression, model: models.Model, bits: int) -> tuple[float, float]:
     """Time attention through one layer, of tokens at once and of one behind them, over TurboQuant's in turn."""
     usual = turboquant.kv(jax.random.key(0), dim=model.architecture.dim, bits_k=bits, bits_v=bits)
     ratios = []
@@ -226,7 +226,7 @@ def times(built: trial.Compression, model: models.Model, bits: int) -> tuple[flo
     return ratios[0], ratios[1]
 
 
-def attends(built: trial.Compression, model: models.Model) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def attends(built: compression.Compression, model: models.Model) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Give what runs the first tokens through a cache, and what runs the next one, four times."""
     a = model.architecture
     shape: dict[str, int] = {"layers": 1, "batch": 1, "kv_heads": a.kv_heads, "capacity": HELD + 1}
