@@ -271,6 +271,7 @@ def _step(
     """Read tokens, and give the logits after the last of each row."""
     decoder: Decoder = nnx.merge(graph, state)
     hidden, extended = decoder.hidden(tokens, cache, mask=mask)
+    assert isinstance(extended, PagedCache)
     last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
     return decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0], extended
 
