@@ -75,9 +75,8 @@ def main() -> None:
     if options.json:
         print(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}, indent=1))
         return
-    print(
-        "| over devices | tokens | devices | bytes a device | traffic, bytes | time, of one device |\n|---|---|---|---|---|---|"
-    )
+    print("| over devices | tokens | devices | bytes a device | traffic, bytes | time, of one device |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
         alone = next(
             x["seconds"] for x in rows
