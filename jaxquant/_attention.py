@@ -4,9 +4,11 @@ Coded tokens, sinks and the exact window are three sets of tokens, attended apar
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -132,6 +134,24 @@ def _band(old: Stack, index: Index, start: Array, x: Array, which: int) -> Array
     slot = (start[:, None] - old.window + jnp.arange(old.window, dtype=jnp.int32)) % old.window
     past = jnp.take_along_axis(ring[index], slot[:, None, :, None], axis=2)
     return jnp.concatenate([past, new.astype(ring.dtype)], axis=2)
+
+
+def rule_of(dim: int, scale: Any, soft_cap: Any, sliding_window: Any, visible: Array | None = None) -> xla.Rule:
+    """Say what a query sees, and how it is scored.
+
+    Raises:
+        ValueError: a number that is known before tracing is out of range.
+    """
+    if isinstance(soft_cap, int | float | np.number) and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
+    if isinstance(sliding_window, int | np.integer) and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
+    return xla.Rule(
+        scale=jnp.asarray(dim**-0.5 if scale is None else scale, jnp.float32),
+        soft_cap=None if soft_cap is None else jnp.asarray(soft_cap, jnp.float32),
+        sliding_window=None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32),
+        visible=visible,
+    )
 
 
 def rows_of(q: Float[Array, "batch new heads dim"], kv_heads: int) -> Float[Array, "batch kv_heads rows dim"]:

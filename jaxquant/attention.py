@@ -5,10 +5,9 @@ tokens up to p are exact and every other token is decoded from its code, so that
 input was cut into chunks, unless `prefill_attention` is asked for more. Parts are joined by their log-sum-exp.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxquant import _attention
@@ -68,7 +67,6 @@ def decode_attention(
         ((1, 8, 64), (1, 8))
     """
     _check_queries("q", q, (cache.batch, "heads", cache.dim), heads_axis=1, cache=cache)
-    _check_rule(cache, soft_cap, sliding_window, visible)
     rule = _rule(cache, scale, soft_cap, sliding_window, visible)
     return _attention.decode(cache, *resolve(cache, layer), q, rule, _choose(implementation, cache, q.shape[1], rule))
 
@@ -122,12 +120,11 @@ def prefill_attention(
     """
     after = append(cache, layer, k, v, mask=mask)
     _check_queries("q", q, (cache.batch, k.shape[1], "heads", cache.dim), heads_axis=2, cache=cache)
-    _check_rule(cache, soft_cap, sliding_window, visible)
+    rule = _rule(cache, scale, soft_cap, sliding_window, visible)
     if not q.shape[1]:
         return q, jnp.zeros(q.shape[:3], jnp.float32), after
     if chunk not in ("codes", "exact"):
         raise ValueError(f"chunk must be 'codes' or 'exact', got {chunk!r}")
-    rule = _rule(cache, scale, soft_cap, sliding_window, visible)
     out, lse = _attention.prefill(cache, after, *resolve(cache, layer), q, k, v, mask, rule, exact=chunk == "exact")
     return out, lse, after
 
@@ -201,15 +198,6 @@ def merge(
     return joined.out.astype(first[0].dtype), joined.lse
 
 
-def _rule(cache: KVCache, scale: Number | None, soft_cap: Number | None, sliding_window, visible) -> xla.Rule:
-    return xla.Rule(
-        scale=jnp.asarray(cache.dim**-0.5 if scale is None else scale, jnp.float32),
-        soft_cap=None if soft_cap is None else jnp.asarray(soft_cap, jnp.float32),
-        sliding_window=None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32),
-        visible=visible,
-    )
-
-
 def _check_queries(name: str, q: Array, expected: tuple, *, heads_axis: int, cache: KVCache) -> None:
     fits = q.ndim == len(expected) and all(w == got for w, got in zip(expected, q.shape, strict=True) if w != "heads")
     if not fits:
@@ -220,15 +208,12 @@ def _check_queries(name: str, q: Array, expected: tuple, *, heads_axis: int, cac
         )
 
 
-def _check_rule(cache: KVCache, soft_cap, sliding_window, visible) -> None:
-    if isinstance(soft_cap, int | float | np.number) and not soft_cap > 0:
-        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
-    if isinstance(sliding_window, int | np.integer) and sliding_window < 1:
-        raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
+def _rule(cache: KVCache, scale: Any, soft_cap: Any, sliding_window: Any, visible: Array | None) -> xla.Rule:
     if visible is not None and visible.shape != (cache.batch, cache.capacity):
         raise ValueError(
             f"visible must have shape [batch, capacity] = {[cache.batch, cache.capacity]}, got {list(visible.shape)}"
         )
+    return _attention.rule_of(cache.dim, scale, soft_cap, sliding_window, visible)
 
 
 def _choose(implementation: Implementation | None, cache: KVCache, heads: int, rule: xla.Rule) -> tuple[str, ...]:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, PyTree
 
+from jaxquant import _attention
 from jaxquant._kernels import cuda, nvrtc, pallas, xla
 from jaxquant._pytree import pytree
 from jaxquant._stacks import Stack, Store
@@ -196,7 +196,7 @@ def decode_attention_paged(
             f"got {list(q.shape)}"
         )
     chosen = _choose(implementation, pages, q.shape[1] // kv_heads)
-    rule = attention_rule(pages, scale, soft_cap, sliding_window)
+    rule = _attention.rule_of(pages.keys.dim, scale, soft_cap, sliding_window)
     return _decode(q, pages, table, length, rule, chosen)
 
 
@@ -277,17 +277,3 @@ def check_table(table: Array, length: Array) -> None:
         raise ValueError(f"length must have one entry a row of table, {table.shape[0]}, got {list(length.shape)}")
     if not table.shape[1]:
         raise ValueError("table must have at least one page for each row")
-
-
-def attention_rule(pages: Pages, scale: Number | None, soft_cap: Number | None, sliding_window: Any) -> xla.Rule:
-    """Say what a query sees, and how it is scored."""
-    if isinstance(soft_cap, int | float | np.number) and not soft_cap > 0:
-        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
-    if isinstance(sliding_window, int | np.integer) and sliding_window < 1:
-        raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
-    return xla.Rule(
-        scale=jnp.asarray(pages.keys.dim**-0.5 if scale is None else scale, jnp.float32),
-        soft_cap=None if soft_cap is None else jnp.asarray(soft_cap, jnp.float32),
-        sliding_window=None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32),
-        visible=None,
-    )

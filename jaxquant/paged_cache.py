@@ -98,7 +98,7 @@ class PagedCache:
             if mask is not None:
                 out = jnp.where(mask[:, :, None, None], out, 0)
         else:
-            out, lse = _prefill(q, pages, self.table, before, mask, paged.attention_rule(pages, **rule))
+            out, lse = _prefill(q, pages, self.table, before, mask, _attention.rule_of(self.dim, **rule))
         written = (pages.key_codes, pages.value_codes)
         held = dataclasses.replace(
             self,

@@ -79,12 +79,7 @@ def prefill_attention(
         ((1, 16, 2, 64), Array([[16]], dtype=int32))
     """
     spread = _spread(layout, cache, k.shape[1])
-    rule = xla.Rule(
-        scale=jnp.asarray(cache.dim**-0.5 if scale is None else scale, jnp.float32),
-        soft_cap=None if soft_cap is None else jnp.asarray(soft_cap, jnp.float32),
-        sliding_window=None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32),
-        visible=None,
-    )
+    rule = _attention.rule_of(cache.dim, scale, soft_cap, sliding_window)
     return _mapped(layout, spread, layer, q, k, v, cache, rule)
 
 
