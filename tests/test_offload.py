@@ -41,7 +41,7 @@ def test_spilling_changes_nothing_that_attention_sees(keep, how):
         np.testing.assert_allclose(got, want, atol=1e-5)
         np.testing.assert_allclose(np.asarray(got_lse)[mask], np.asarray(lse)[mask], atol=1e-5)
         assert held.length.tolist() == whole.length.tolist()
-    assert spills > 2
+    assert spills >= 2
     wrong = dataclasses.replace(held, cold=jax.tree.map(lambda leaf: jnp.flip(leaf, axis=2), held.cold))
     assert np.abs(np.asarray(wrong.attend(q, k, v, 0, mask=mask, **how)[0]) - np.asarray(want)).max() > 1e-3
 
