@@ -29,11 +29,9 @@ def main(
     exact = quantizers.Exact(dim=dim)
     prompts = [loaded.tokenizer.encode(prompt) for prompt in PROMPTS]
     found = {}
-    for name, (keys, values), kept in (
-        ("exact", (exact, exact), {}),
-        ("packed", turboquant.kv(jax.random.key(0), dim=dim, bits_k=bits_k, bits_v=bits_v), {"sinks": 4, "window": 16}),
-    ):
-        cache = loaded.decoder.init_cache(keys, values, batch=len(prompts), capacity=256, **kept)
+    packed = turboquant.kv(jax.random.key(0), dim=dim, bits_k=bits_k, bits_v=bits_v)
+    for name, pair, sinks, window in (("exact", (exact, exact), 0, 0), ("packed", packed, 4, 16)):
+        cache = loaded.decoder.init_cache(*pair, batch=len(prompts), capacity=256, sinks=sinks, window=window)
         result = models.generate(None, loaded.decoder, cache, prompts, max_tokens=new)
         found[name] = result.tokens
         print(f"--- {name}: {cache.nbytes:,} bytes")
