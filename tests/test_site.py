@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import jaxquant
+from jaxquant import methods
 
 pytest.importorskip("mkdocs", reason="needs the dependency group docs")
 pytest.importorskip("latex2mathml", reason="needs the dependency group docs")
@@ -43,6 +44,11 @@ def test_every_public_module_has_a_page():
     assert "jaxquant.cache" in found
 
 
+def test_every_method_has_a_page():
+    found = {module.name for module in pkgutil.iter_modules(methods.__path__)}
+    assert {path.stem for path in pages.methods()} == found
+
+
 def test_a_page_of_a_method_has_its_row_and_no_other():
     page = pages.method("h2o")
     assert "::: jaxquant.methods.h2o" in page
@@ -72,7 +78,13 @@ def test_links_of_the_repository_lead_to_pages(uri, text, expected):
 
 def test_every_command_and_option_is_shown():
     text = pages.commands()
-    for words in ("## jaxquant eval", "## jaxquant qatc encode", "## jaxquant benchmark attention", "`--needle-rows`"):
+    for words in (
+        "## jaxquant eval",
+        "## jaxquant qatc encode",
+        "## jaxquant benchmark attention",
+        "`--needle-rows`",
+        r"\[:T+1]",
+    ):
         assert words in text
 
 

@@ -183,7 +183,7 @@ def commands() -> str:
         )
         yield from ("| option | |", "|---|---|")
         for p, names in named.items():
-            said = (getattr(p, "help", None) or "").replace("|", "\\|")
+            said = re.sub(r"([|\[<*_])", r"\\\1", getattr(p, "help", None) or "")
             yield f"| {', '.join(f'`{name}`' for name in names)} | {said} |"
         yield ""
 
