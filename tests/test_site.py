@@ -108,9 +108,11 @@ def test_formulas_become_mathml_and_unknown_ones_stop_the_build():
         mathematics.on_page_content('<span class="arithmatex">\\(\\nonsense{x}\\)</span>')
 
 
-def test_examples_of_docstrings_are_shown_as_such():
+def test_examples_and_commands_of_docstrings_are_shown_as_such():
     class Documented:
-        docstring = type("Docstring", (), {"value": "Do.\n\nExample:\n    >>> 1\n    1\n\nFor Example: no."})()
+        docstring = type(
+            "Docstring", (), {"value": "Do.\n\npython x [-y]\n\nExample:\n    >>> 1\n    1\n\nFor Example: no."}
+        )()
 
     docstrings.Examples().on_object(obj=Documented)
-    assert Documented.docstring.value == "Do.\n\nExamples:\n    >>> 1\n    1\n\nFor Example: no."
+    assert Documented.docstring.value == "Do.\n\n    python x [-y]\n\nExamples:\n    >>> 1\n    1\n\nFor Example: no."

@@ -1,4 +1,4 @@
-"""Docstrings say "Example:", which their reader takes for prose: show it as code that was run."""
+"""Docstrings say "Example:", and commands stand alone, which their reader takes for prose: show both as code."""
 
 import re
 from typing import Any
@@ -7,9 +7,10 @@ import griffe
 
 
 class Examples(griffe.Extension):
-    """Rename the sections before they are parsed."""
+    """Rename the sections, and indent commands, before they are parsed."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Do so for one function, class or module."""
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+            text = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = re.sub(r"(?<=\n\n)(?=python )", "    ", text)
