@@ -12,7 +12,6 @@ import zipfile
 from pathlib import Path
 
 EXTRAS = ("mlx", "numcodecs", "torch")  # an environment without extras has none of these
-DATA = ("jaxquant/py.typed", "jaxquant/_kernels/sources/", "jaxquant/models/small/")
 LARGEST, QUICK = 4_000_000, 0.5  # bytes of a file; seconds of an import
 TIMED = """
 import sys, time
@@ -58,17 +57,15 @@ def main(wheel: str, tree: str, sdist: str) -> None:
     assert {"LICENSE", "README.md", "pyproject.toml", "codecs/qatc.py", "calibrate/make.py"} <= set(inside)
     packed = {name for name in names if name.endswith(".py")}
     assert packed == expected, f"missing: {sorted(expected - packed)}; unexpected: {sorted(packed - expected)}"
-    assert "jaxquant/py.typed" in names
-    sources = {
-        f"jaxquant/_kernels/sources/{path.name}" for path in (Path(tree) / "jaxquant/_kernels/sources").iterdir()
+    files = {
+        path for path in (Path(tree) / "jaxquant").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
     }
-    assert sources <= set(names), f"missing: {sorted(sources - set(names))}"
+    expected = {f"jaxquant/{path.relative_to(Path(tree) / 'jaxquant')}" for path in files}
+    data = {name for name in names if name.startswith("jaxquant/") and not name.endswith(".py")}
+    assert data == expected, f"missing: {sorted(expected - data)}; unexpected: {sorted(data - expected)}"
     assert sum(info.file_size for info in small) <= LARGEST, "the model in the package is too large"
     strangers = {name.split("/")[0] for name in names if not name.startswith("jaxquant")}
-    strangers |= {name for name in names if name.startswith("jaxquant/") and not name.endswith(".py")} - {
-        name for name in names if name.startswith(DATA)
-    }
-    assert not strangers, f"neither modules nor data of jaxquant: {strangers}"
+    assert not strangers, f"top-level names beside jaxquant: {strangers}"
 
     jaxquant = importlib.import_module("jaxquant")
     assert not Path(jaxquant.__file__).is_relative_to(tree), f"imported from the tree: {jaxquant.__file__}"
