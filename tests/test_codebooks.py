@@ -116,12 +116,12 @@ def test_solved_in_well_under_a_second():
     assert time.process_time() - start < 4, "sixteen codebooks"
 
 
-def _levels(size):
+def random_levels(size):
     return np.sort(np.random.default_rng(size).normal(size=size)).astype(np.float32)
 
 
 SIZES = (1, 2, 3, 16, 17, 20, 33, 100, 256)
-BOOKS = {f"{size} levels": codebooks.Codebook(centroids=jnp.asarray(_levels(size))) for size in SIZES}
+BOOKS = {f"{size} levels": codebooks.Codebook(centroids=jnp.asarray(random_levels(size))) for size in SIZES}
 BOOKS |= {f"{bits} bits": codebooks.lloyd_max(bits, dim=128) for bits in GOLDEN}
 assign_all = jax.jit(lambda x: {name: codebooks.assign(book, x) for name, book in BOOKS.items()})
 COUNT = 64
