@@ -57,28 +57,35 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--also", nargs="+", default=[], help="modules outside of jaxquant.methods")
     parser.add_argument("--out", type=Path, help="file of rows, read first and written after each row")
+    parser.add_argument("--table", action="store_true", help="print what --out has, and measure nothing")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
     model = models.load(options.model)
-    held = Text(model, options)
+    name = (
+        f"{'built-in model' if options.model is None else options.model.name}, {options.rows} x {options.seq_len:,} "
+        "tokens of text and as many with pass keys"
+    )
+    held = None if options.table else Text(model, options)
     done = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
-    work = settings(options, held)
-    for i, (name, builder, bits) in enumerate(work):
-        label = f"{name}, {bits} bits, {held.name}"
-        if label not in done:
+    work = {
+        f"{method}, {bits} bits, {name}": (method, builder, bits) for method, builder, bits in settings(options, held)
+    }
+    for i, (label, (method, builder, bits)) in enumerate(work.items()):
+        if label not in done and held is not None:
             start = time.perf_counter()
             try:
-                done[label] = {"method": name, "bits": bits, **held.measure(builder, bits)}
+                done[label] = {"method": method, "bits": bits, **held.measure(builder, bits)}
             except ValueError as error:
-                done[label] = {"method": name, "bits": bits, "refused": str(error)}
+                done[label] = {"method": method, "bits": bits, "refused": str(error)}
             done[label]["seconds"] = round(time.perf_counter() - start, 1)
             if options.out:
                 options.out.write_text(json.dumps(done, indent=1))
-        print(f"[{i + 1}/{len(work)}] {label}: {brief(done[label])}", file=sys.stderr, flush=True)
+        if label in done:
+            print(f"[{i + 1}/{len(work)}] {label}: {brief(done[label])}", file=sys.stderr, flush=True)
     rows = []
-    for name, builder, bits in work:
-        row = done[f"{name}, {bits} bits, {held.name}"]
+    for label, (_, builder, bits) in work.items():
+        row = done.get(label, {})
         if "kl" in row:
             counted = catalogue.cost(builder, dim=model.architecture.dim, bits=bits)
             row |= {"encode_operations": counted.encode, "decode_operations": counted.decode}
@@ -87,10 +94,10 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
     else:
-        print(table(rows, held.name))
+        print(table(rows, name))
 
 
-def settings(options: argparse.Namespace, held: "Text") -> list[tuple[str, Callable[..., Any], int]]:
+def settings(options: argparse.Namespace, held: "Text | None") -> list[tuple[str, Callable[..., Any], int]]:
     """List names, builders and bits; TurboQuant's first, with the bits that only it is measured at."""
     found = dict(catalogue.entries())
     for name in options.also:
@@ -102,7 +109,7 @@ def settings(options: argparse.Namespace, held: "Text") -> list[tuple[str, Calla
         for variant, builder in entry.builders.items()
     }
     if "fisher" in chosen:  # the usual one has no calibration to score tokens by
-        chosen["fisher, gradients"] = partial(fisher.pipeline, scorer=held.information())
+        chosen["fisher, gradients"] = partial(fisher.pipeline, scorer=held and held.information())
     anchor = chosen.pop(ANCHOR)
     work = [(ANCHOR, anchor, bits) for bits in sorted({*ANCHORED, *options.bits})]
     for bits in options.bits:
@@ -117,8 +124,6 @@ class Text:
 
     def __init__(self, model: models.Model, options: argparse.Namespace) -> None:
         self.model, self.rows, length = model, options.rows, options.seq_len
-        folder = "built-in model" if options.model is None else options.model.name
-        self.name = f"{folder}, {options.rows} x {length:,} tokens of text and as many with pass keys"
         ids = token_files.read(model, options.tokens)
         plain = evaluate.rows(ids, start=0, count=options.rows, length=length)
         words = model.tokenizer.decode(ids[plain.size : plain.size + 3 * plain.size].tolist())
@@ -253,7 +258,7 @@ def passed(cache: Cache, q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
 
 def compare(rows: list[dict[str, Any]]) -> None:
     """Add each row's KL as a multiple of TurboQuant's at the same bytes."""
-    anchors = sorted((row["bytes_per_token"], math.log(row["kl"])) for row in rows if row["method"] == ANCHOR)
+    anchors = sorted((row["bytes_per_token"], math.log(row["kl"])) for row in rows if row.get("method") == ANCHOR)
     sizes, logs = np.array(anchors).T
     for row in rows:
         if "kl" not in row:
