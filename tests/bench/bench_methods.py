@@ -68,9 +68,7 @@ def main() -> None:
     )
     held = None if options.table else Text(model, options)
     done = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
-    work = {
-        f"{method}, {bits} bits, {name}": (method, builder, bits) for method, builder, bits in settings(options, held)
-    }
+    work = {f"{row[0]}, {row[2]} bits, {name}": row for row in settings(options, held)}
     for i, (label, (method, builder, bits)) in enumerate(work.items()):
         if label not in done and held is not None:
             start = time.perf_counter()
@@ -111,12 +109,19 @@ def settings(options: argparse.Namespace, held: "Text | None") -> list[tuple[str
     if "fisher" in chosen:  # the usual one has no calibration to score tokens by
         chosen["fisher, gradients"] = partial(fisher.pipeline, scorer=held and held.information())
     anchor = chosen.pop(ANCHOR)
+    chosen[f"{ANCHOR}, newest 32 exact"] = newest  # what other pipelines do too
     work = [(ANCHOR, anchor, bits) for bits in sorted({*ANCHORED, *options.bits})]
     for bits in options.bits:
         work += [(name, builder, bits) for name, builder in sorted(chosen.items())]
     if 8 not in options.bits:
         work += [(name, builder, 8) for name, builder in sorted(chosen.items()) if name.partition(",")[0] in SERVED]
     return work
+
+
+def newest(key: Array, *, dim: int, bits_k: int, bits_v: int) -> Pipeline:
+    """Build TurboQuant as a pipeline, which keeps the tokens of an unfinished block."""
+    keys, values = turboquant.kv(key, dim=dim, bits_k=bits_k, bits_v=bits_v)
+    return Pipeline(keys=keys, values=values, block=32)
 
 
 class Text:
