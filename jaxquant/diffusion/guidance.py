@@ -8,7 +8,7 @@ attention to the condition it would remove the guidance.
 References:
     J. Ho, T. Salimans, "Classifier-free diffusion guidance", arXiv:2207.12598, eq. 6.
     Z. Yuan, H. Zhang, P. Lu, X. Ning, L. Zhang, T. Zhao, S. Yan, G. Dai, Y. Wang, "DiTFastAttn: Attention compression
-    for diffusion transformer models", arXiv:2406.08552, section 3.3 (attention sharing across CFG).
+    for diffusion transformer models", arXiv:2406.08552 (attention sharing across CFG).
 
 Differs from the papers: weights are written as `scale`, 1 + w of Ho and Salimans; `Gate` decides while sampling, from
 the similarity it last measured, where DiTFastAttn decides once for each step and layer from calibration.

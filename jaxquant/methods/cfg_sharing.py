@@ -7,7 +7,7 @@ executed.
 
 References:
     Z. Yuan, H. Zhang, P. Lu, X. Ning, L. Zhang, T. Zhao, S. Yan, G. Dai, Y. Wang, "DiTFastAttn: Attention compression
-    for diffusion transformer models", arXiv:2406.08552, section 3.3 (attention sharing across CFG).
+    for diffusion transformer models", arXiv:2406.08552 (attention sharing across CFG).
 
 Differs from the paper: it picks the layers and steps that share once, before sampling, by a search; a gate picks them
 while sampling. Differs from tqai, whose hooks overwrite an output that was computed anyway, and which shares

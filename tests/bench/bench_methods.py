@@ -8,6 +8,7 @@ in this order from its start.
 
 "KL at these bytes" divides a row's KL by that of TurboQuant at as many bytes per token, between whose rows log KL is
 linear in bytes: below 1 is better than TurboQuant, and methods whose side information differs in size can be compared.
+Pipelines keep their newest tokens exact, and are divided by TurboQuant in a pipeline that does so too.
 Encode and decode are floating-point operations a coordinate that the quantizers take, as XLA counts them. Prefill and
 step are processor times of attention through a cache of one layer, with all that a pipeline does: of 512 tokens at once
 and of one more behind them, as multiples of TurboQuant's at the same bits, medians over calls in turns.
@@ -15,6 +16,7 @@ and of one more behind them, as multiples of TurboQuant's at the same bits, medi
 
 import argparse
 import importlib
+import inspect
 import json
 import math
 import sys
@@ -39,6 +41,7 @@ from jaxquant.protocols import Cache
 from jaxquant.quantizers import Exact
 
 ANCHOR = "turboquant"
+FRESH = f"{ANCHOR}, newest 32 exact"
 ANCHORED = (1, 5, 8)  # bits of TurboQuant beside those asked for, since others are compared with it
 SERVED = ("fp8", "uniform")  # measured at 8 bits too
 CHUNK = 256  # tokens of a prefill step
@@ -57,40 +60,46 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--also", nargs="+", default=[], help="modules outside of jaxquant.methods")
     parser.add_argument("--out", type=Path, help="file of rows, read first and written after each row")
+    parser.add_argument("--table", action="store_true", help="print what --out has, and measure nothing")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
     model = models.load(options.model)
-    held = Text(model, options)
+    name = (
+        f"{'built-in model' if options.model is None else options.model.name}, {options.rows} x {options.seq_len:,} "
+        "tokens of text and as many with pass keys"
+    )
+    held = None if options.table else Text(model, options)
     done = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
-    work = settings(options, held)
-    for i, (name, builder, bits) in enumerate(work):
-        label = f"{name}, {bits} bits, {held.name}"
-        if label not in done:
+    work = {f"{row[0]}, {row[2]} bits, {name}": row for row in settings(options, held)}
+    for i, (label, (method, builder, bits)) in enumerate(work.items()):
+        if label not in done and held is not None:
             start = time.perf_counter()
             try:
-                done[label] = {"method": name, "bits": bits, **held.measure(builder, bits)}
+                done[label] = {"method": method, "bits": bits, **held.measure(builder, bits)}
             except ValueError as error:
-                done[label] = {"method": name, "bits": bits, "refused": str(error)}
+                done[label] = {"method": method, "bits": bits, "refused": str(error)}
             done[label]["seconds"] = round(time.perf_counter() - start, 1)
             if options.out:
                 options.out.write_text(json.dumps(done, indent=1))
-        print(f"[{i + 1}/{len(work)}] {label}: {brief(done[label])}", file=sys.stderr, flush=True)
+        if label in done:
+            print(f"[{i + 1}/{len(work)}] {label}: {brief(done[label])}", file=sys.stderr, flush=True)
     rows = []
-    for name, builder, bits in work:
-        row = done[f"{name}, {bits} bits, {held.name}"]
+    for label, (_, builder, bits) in work.items():
+        row = done.get(label, {})
         if "kl" in row:
             counted = catalogue.cost(builder, dim=model.architecture.dim, bits=bits)
             row |= {"encode_operations": counted.encode, "decode_operations": counted.decode}
+            row["peer"] = FRESH if inspect.signature(builder).return_annotation is Pipeline else ANCHOR
         rows.append(row)
     compare(rows)
     if options.json:
         print(json.dumps(rows, indent=2))
     else:
-        print(table(rows, held.name))
+        print(table(rows, name))
 
 
-def settings(options: argparse.Namespace, held: "Text") -> list[tuple[str, Callable[..., Any], int]]:
+def settings(options: argparse.Namespace, held: "Text | None") -> list[tuple[str, Callable[..., Any], int]]:
     """List names, builders and bits; TurboQuant's first, with the bits that only it is measured at."""
     found = dict(catalogue.entries())
     for name in options.also:
@@ -102,9 +111,10 @@ def settings(options: argparse.Namespace, held: "Text") -> list[tuple[str, Calla
         for variant, builder in entry.builders.items()
     }
     if "fisher" in chosen:  # the usual one has no calibration to score tokens by
-        chosen["fisher, gradients"] = partial(fisher.pipeline, scorer=held.information())
+        chosen["fisher, gradients"] = partial(fisher.pipeline, scorer=held and held.information())
     anchor = chosen.pop(ANCHOR)
-    work = [(ANCHOR, anchor, bits) for bits in sorted({*ANCHORED, *options.bits})]
+    anchored = sorted({*ANCHORED, *options.bits})
+    work = [(name, builder, bits) for name, builder in ((ANCHOR, anchor), (FRESH, newest)) for bits in anchored]
     for bits in options.bits:
         work += [(name, builder, bits) for name, builder in sorted(chosen.items())]
     if 8 not in options.bits:
@@ -112,13 +122,17 @@ def settings(options: argparse.Namespace, held: "Text") -> list[tuple[str, Calla
     return work
 
 
+def newest(key: Array, *, dim: int, bits_k: int, bits_v: int) -> Pipeline:
+    """Build TurboQuant as a pipeline, which keeps the tokens of an unfinished block."""
+    keys, values = turboquant.kv(key, dim=dim, bits_k=bits_k, bits_v=bits_v)
+    return Pipeline(keys=keys, values=values, block=32)
+
+
 class Text:
     """Rows of text and of pass keys, and what of a model has to be measured once."""
 
     def __init__(self, model: models.Model, options: argparse.Namespace) -> None:
         self.model, self.rows, length = model, options.rows, options.seq_len
-        folder = "built-in model" if options.model is None else options.model.name
-        self.name = f"{folder}, {options.rows} x {length:,} tokens of text and as many with pass keys"
         ids = token_files.read(model, options.tokens)
         plain = evaluate.rows(ids, start=0, count=options.rows, length=length)
         words = model.tokenizer.decode(ids[plain.size : plain.size + 3 * plain.size].tolist())
@@ -253,11 +267,15 @@ def passed(cache: Cache, q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
 
 def compare(rows: list[dict[str, Any]]) -> None:
     """Add each row's KL as a multiple of TurboQuant's at the same bytes."""
-    anchors = sorted((row["bytes_per_token"], math.log(row["kl"])) for row in rows if row["method"] == ANCHOR)
-    sizes, logs = np.array(anchors).T
     for row in rows:
         if "kl" not in row:
             continue
+        peers = [peer for peer in rows if peer.get("method") == row["peer"]]
+        if len(peers) < 2:  # not measured yet
+            row["kl_ratio"] = math.nan
+            continue
+        anchors = sorted((peer["bytes_per_token"], math.log(peer["kl"])) for peer in peers)
+        sizes, logs = np.array(anchors).T
         place = int(np.clip(np.searchsorted(sizes, row["bytes_per_token"]) - 1, 0, len(sizes) - 2))
         slope = (logs[place + 1] - logs[place]) / (sizes[place + 1] - sizes[place])
         usual = logs[place] + slope * (row["bytes_per_token"] - sizes[place])

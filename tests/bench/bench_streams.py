@@ -8,7 +8,8 @@ run, after so many steps of training.
 
 Methods: `direct` codes every step alone; beside it whatever in `jaxquant.methods` offers `stream`. Bytes are of what is
 sent, a step and vector, averaged over the steps, and of what is held between steps. Error is the squared error over the
-squared length, mean over all steps and vectors. Costs are medians of a step's time as multiples of `direct`'s, in turn.
+squared length, mean over all steps and vectors. Costs are medians of the processor time of a step, as multiples of
+`direct`'s, in turn.
 """
 
 import argparse
@@ -151,9 +152,9 @@ def costs(each: dict[str, Coder], x: Steps, repeats: int = 9) -> dict[str, tuple
     for _ in range(repeats):
         for name, coder in each.items():
             for kind in (0, 1):
-                start = time.perf_counter()
+                start = time.process_time()
                 jax.block_until_ready(coder.value(states[name]) if kind else coder.step(states[name], x[1]))
-                taken[name][kind].append(time.perf_counter() - start)
+                taken[name][kind].append(time.process_time() - start)
     return {name: (float(np.median(a[1:])), float(np.median(b[1:]))) for name, (a, b) in taken.items()}
 
 
