@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from jaxquant import cache, codebooks, mixed, quantizers, snapshot, trellis, viterbi
+from jaxquant import cache, codebooks, mixed, quantizers, sharding, snapshot, trellis, viterbi
 from jaxquant.calibrate import bases, files, fit, trellis_tables
 from jaxquant.methods import trellis as method
 from jaxquant.methods import turboquant
@@ -413,6 +413,13 @@ def test_costs_decide_in_which_coordinate_a_hybrid_errs():
         errors.append(np.mean((expanded - np.asarray(quantizer.coordinates(x))) ** 2, axis=(0, 1)))
     assert errors[0][8:12].mean() < 0.8 * errors[1][8:12].mean()
     assert errors[0][12:].mean() > 1.1 * errors[1][12:].mean()
+
+
+def test_the_trellis_of_a_hybrid_is_on_every_device():
+    mesh = jax.make_mesh((1,), ("heads",))
+    specs = sharding._quantizer_specs(sharding.Layout(mesh=mesh, kv_heads="heads"), hybrid())
+    assert specs.mean == specs.levels[0] == jax.sharding.PartitionSpec("heads")
+    assert specs.code.tables == ((jax.sharding.PartitionSpec(),), (jax.sharding.PartitionSpec(),))
 
 
 def test_files_of_hybrids_come_back_and_lies_are_refused(tmp_path):
