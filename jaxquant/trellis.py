@@ -9,9 +9,9 @@ takes `states * 2**bits` additions and comparisons a coordinate and pass.
 `encode` and `decode` are the code of coordinates of unit variance; `Trellis` is the quantizer of vectors.
 
 References:
-    M. Marcellin, T. Fischer, "Trellis coded quantization of memoryless and Gauss-Markov sources", IEEE Trans. Commun.
-    38 (1990); A. Tseng, Q. Sun, D. Hou, C. De Sa, "QTIP: Quantization with trellises and incoherence processing",
-    arXiv:2406.11235 (bit-shift trellis, computed codes "1MAD" and "3INST", tail-biting in two passes).
+    M. Marcellin, T. Fischer, "Trellis coded quantization of memoryless and Gauss-Markov sources", IEEE Transactions on
+    Communications 38 (1990); A. Tseng, Q. Sun, D. Hou, C. De Sa, "QTIP: Quantization with trellises and incoherence
+    processing", arXiv:2406.11235 (bit-shift trellis, computed codes "1MAD" and "3INST", tail-biting in two passes).
 
 Differs from the papers: `states` counts what the trellis remembers between two coordinates, so that QTIP's L is
 `log2(states) + bits`; windows reach forward instead of back; tables are trained for every rate and number of states,
