@@ -1,7 +1,7 @@
 """Trellis-coded quantization of rotated vectors: TurboQuant with a better code for the coordinates, at the same bytes.
 
 A random rotation makes coordinates normal, of one variance. A scalar codebook leaves 1.6 to 3.9 dB to the bound of
-rate-distortion theory there, and a trellis of 256 states 0.4 to 0.9. It decodes by one table lookup a coordinate, as a
+rate-distortion theory there, and a trellis of 256 states 0.5 to 0.9. It decodes by one table lookup a coordinate, as a
 scalar codebook does, only that the index reaches into the codes of the next coordinates.
 
 References:

@@ -210,7 +210,8 @@ def show(report: dict[str, Any]) -> None:
     print("|---|---|---|---|---|")
     for row in report["costs"]:
         states = f", {row['states']} states" * bool(row["states"])
-        print(f"| {row['code']}{states} | {row['bits']} | {row['flops']:,} | {row['vectors_per_processor_second']:,.0f} | "
+        rate = row["vectors_per_processor_second"]
+        print(f"| {row['code']}{states} | {row['bits']} | {row['flops']:,} | {rate:,.0f} | "
               f"{row['times_lloyd_max']:.1f} |")  # fmt: skip
     for bits in report["missed"]:
         print(f"missed: {bits} bits leave {report['best'][bits]:.5f}, more than {report['targets'][bits]}")
