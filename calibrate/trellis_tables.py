@@ -102,7 +102,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             if name not in tables and bits <= trellis.most_bits(states):
                 table, error = best(bits, states)
                 tables[name] = table[: len(table) // 2].astype(np.float16)
-                np.savez_compressed(options.output, **tables)
+                np.savez_compressed(options.output, **tables)  # pyright: ignore[reportArgumentType]
                 print(f"{bits} bits, {states} states: {error:.5f}", file=sys.stderr, flush=True)
 
 

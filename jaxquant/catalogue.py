@@ -31,8 +31,8 @@ Every file of `jaxquant/methods`, in the words of its own docstring, as `jaxquan
 Bytes are those of a key and a value of 128 coordinates in a cache, for one kv head, with everything that is held;
 pipelines are counted at a capacity of 1,024 tokens. Encoding and decoding are floating-point operations for each
 coordinate, as XLA counts them before it optimizes; sines and logarithms, which PolarQuant needs, are not among them,
-nor is what is paid once a query, and of loops one step: [what the search of a trellis takes](trellis.md#what-encoding-costs)
-is elsewhere, as are methods [measured side by side](methods-compared.md).
+nor is what is paid once a query, and of loops one step: what the search of [trellis](trellis.md) takes is told there.
+Methods are [measured side by side](methods-compared.md), too.
 
 A method with `kv` or `pipeline` builds for any model, one with `fit` from statistics of the model:
 `jaxquant eval --method NAME` does either.

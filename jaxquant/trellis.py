@@ -242,13 +242,13 @@ def _parts(
     """Cut vectors into runs, as the search wants them."""
     out, first = [], 0
     for (pattern, count), tables in zip(code.runs, code.tables, strict=True):
-        last = first + len(pattern) * count
-        rows = [None if x is None else x[:, first:last].T.reshape(count, len(pattern), -1) for x in (y, weights)]
+        run, shape = slice(first, first + count * len(pattern)), (count, len(pattern), -1)
+        first = run.stop
+        costs = None if weights is None else weights[:, run].T.reshape(shape)
         if code.kind != "table":
             windows = [jnp.arange(code.states << bits, dtype=jnp.uint32) for bits in pattern]
             tables = [factor * _formula(each, code.kind) for factor, each in zip(tables, windows, strict=True)]
-        out.append(viterbi.Part(pattern, tuple(tables), *rows))
-        first = last
+        out.append(viterbi.Part(pattern, tuple(tables), y[:, run].T.reshape(shape), costs))
     return out
 
 
