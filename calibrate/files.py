@@ -197,10 +197,12 @@ def _record(path: Path, text: str) -> dict[str, Any]:
 def _is_template(template: Any, dim: int) -> bool:
     if not isinstance(template, dict) or template.get("rule") not in _RULES:
         return False
-    widths, code = template.get("widths"), template.get("trellis", {"states": 4, "runs": []})
+    widths: Any = template.get("widths")
+    code = template.get("trellis", {"states": 4, "runs": []})
     if type(template.get("basis")) is not bool or not isinstance(code, dict):
         return False
-    states, coded = code.get("states"), code.get("runs")
+    states: Any = code.get("states")
+    coded: Any = code.get("runs")
     if type(states) is not int or states not in trellis.STATES:
         return False
     if not _are_runs(widths, 8, dim) or not _are_runs(coded, trellis.most_bits(states), dim):

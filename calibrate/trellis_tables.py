@@ -22,7 +22,7 @@ DIM = 128
 _RELAXED = 1.8  # of the way to a centroid and beyond it: Lloyd's iteration, over-relaxed
 _SETTLING = 4  # rounds at the end that go to the centroids
 _SAMPLES = 32  # of each level and round, at least
-_TRIES = {4: 6, 8: 6, 16: 3, 32: 3, 64: 2}  # starts from other levels, of which the best is kept
+_TRIES = {4: 6, 8: 6, 16: 3, 32: 3, 64: 2}  # starts from other levels at 1 to 4 bits, of which the best is kept
 
 
 def train(key: PRNGKeyArray, *, bits: int, states: int, rounds: int = 40) -> tuple[Float[np.ndarray, " levels"], float]:
@@ -71,7 +71,7 @@ def coded(half: Float[np.ndarray, " half"], bits: int, states: int) -> Code:
 
 def best(bits: int, states: int) -> tuple[Float[np.ndarray, " levels"], float]:
     """Train from several starts where that is cheap, and keep the best."""
-    keys = [jax.random.key(1000 * bits + start) for start in range(_TRIES.get(states, 1))]
+    keys = [jax.random.key(1000 * bits + start) for start in range(_TRIES.get(states, 1) if bits <= 4 else 1)]
     return min((train(key, bits=bits, states=states) for key in keys), key=lambda found: found[1])
 
 
@@ -102,7 +102,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             if name not in tables and bits <= trellis.most_bits(states):
                 table, error = best(bits, states)
                 tables[name] = table[: len(table) // 2].astype(np.float16)
-                np.savez_compressed(options.output, **tables)
+                np.savez_compressed(options.output, **tables)  # pyright: ignore[reportArgumentType]
                 print(f"{bits} bits, {states} states: {error:.5f}", file=sys.stderr, flush=True)
 
 

@@ -33,7 +33,8 @@ comes from and where it differs from it.
 Bytes are those of a key and a value of 128 coordinates in a cache, for one kv head, with everything that is held;
 pipelines are counted at a capacity of 1,024 tokens. Encoding and decoding are floating-point operations for each
 coordinate, as XLA counts them before it optimizes; sines and logarithms, which PolarQuant needs, are not among them,
-nor is what is paid once a query. [Measured side by side](methods-compared.md) they are elsewhere.
+nor is what is paid once a query, and of loops one step: what the search of [trellis](trellis.md) takes is told there.
+Methods are [measured side by side](methods-compared.md), too.
 
 A method with `kv` or `pipeline` builds for any model, one with `fit` from statistics of the model:
 `jaxquant eval --method NAME` does either. The others are for streams and guidance, which are no caches.

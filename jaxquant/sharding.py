@@ -319,9 +319,14 @@ def _each(layout: Layout, given: Quantizer | Sequence[Quantizer]) -> Any:
 
 
 def _quantizer_specs(layout: Layout, quantizer: Quantizer | PerLayer) -> Any:
-    """Shard what has an entry for each kv head, which `Mixed` may have; all other numbers are everywhere."""
+    """Shard what has an entry for each kv head, which `Mixed` may have but for its trellis; all else is everywhere."""
     one = jax.eval_shape(lambda q: q.at(0), quantizer) if isinstance(quantizer, PerLayer) else quantizer
     whole = PartitionSpec()
     if isinstance(one, Mixed) and one.mean.ndim > 1:
         whole = PartitionSpec(*(None,) * isinstance(quantizer, PerLayer), layout.kv_heads)
-    return jax.tree.map(lambda _: whole, quantizer)
+
+    def spec(path: Any, _: Any) -> PartitionSpec:
+        shared = any(getattr(key, "name", None) == "code" for key in path)
+        return PartitionSpec() if shared else whole
+
+    return jax.tree_util.tree_map_with_path(spec, quantizer)

@@ -9,9 +9,9 @@ takes `states * 2**bits` additions and comparisons a coordinate and pass.
 `encode` and `decode` are the code of coordinates of unit variance; `Trellis` is the quantizer of vectors.
 
 References:
-    M. Marcellin, T. Fischer, "Trellis coded quantization of memoryless and Gauss-Markov sources", IEEE Trans. Commun.
-    38 (1990); A. Tseng, Q. Sun, D. Hou, C. De Sa, "QTIP: Quantization with trellises and incoherence processing",
-    arXiv:2406.11235 (bit-shift trellis, computed codes "1MAD" and "3INST", tail-biting in two passes).
+    M. Marcellin, T. Fischer, "Trellis coded quantization of memoryless and Gauss-Markov sources", IEEE Transactions on
+    Communications 38 (1990); A. Tseng, Q. Sun, D. Hou, C. De Sa, "QTIP: Quantization with trellises and incoherence
+    processing", arXiv:2406.11235 (bit-shift trellis, computed codes "1MAD" and "3INST", tail-biting in two passes).
 
 Differs from the papers: `states` counts what the trellis remembers between two coordinates, so that QTIP's L is
 `log2(states) + bits`; windows reach forward instead of back; tables are trained for every rate and number of states,
@@ -242,13 +242,13 @@ def _parts(
     """Cut vectors into runs, as the search wants them."""
     out, first = [], 0
     for (pattern, count), tables in zip(code.runs, code.tables, strict=True):
-        last = first + len(pattern) * count
-        rows = [None if x is None else x[:, first:last].T.reshape(count, len(pattern), -1) for x in (y, weights)]
+        run, shape = slice(first, first + count * len(pattern)), (count, len(pattern), -1)
+        first = run.stop
+        costs = None if weights is None else weights[:, run].T.reshape(shape)
         if code.kind != "table":
             windows = [jnp.arange(code.states << bits, dtype=jnp.uint32) for bits in pattern]
             tables = [factor * _formula(each, code.kind) for factor, each in zip(tables, windows, strict=True)]
-        out.append(viterbi.Part(pattern, tuple(tables), *rows))
-        first = last
+        out.append(viterbi.Part(pattern, tuple(tables), y[:, run].T.reshape(shape), costs))
     return out
 
 

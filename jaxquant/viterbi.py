@@ -77,8 +77,9 @@ def _near(parts: Sequence[Part], count: int, *, last: bool) -> list[Part]:
         if count <= 0:
             break
         units = min(part.y.shape[0], -(-count // len(part.pattern)))
-        rows = (None if x is None else x[-units:] if last else x[:units] for x in (part.y, part.weights))
-        out.append(Part(part.pattern, part.tables, *rows))
+        some = slice(-units, None) if last else slice(units)
+        weights = None if part.weights is None else part.weights[some]
+        out.append(part._replace(y=part.y[some], weights=weights))
         count -= units * len(part.pattern)
     return out[::-1] if last else out
 

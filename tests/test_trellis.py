@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from jaxquant import cache, codebooks, mixed, quantizers, snapshot, trellis, viterbi
+from jaxquant import cache, codebooks, mixed, quantizers, sharding, snapshot, trellis, viterbi
 from jaxquant.calibrate import bases, files, fit, trellis_tables
 from jaxquant.methods import trellis as method
 from jaxquant.methods import turboquant
@@ -203,7 +203,8 @@ def test_tables_are_odd_small_and_complete():
             assert table.shape == (states << bits,)
             np.testing.assert_array_equal(table, -table[::-1])
             assert np.isfinite(table).all()
-            assert np.mean(table**2) == pytest.approx(1 - 4.0**-bits, abs=0.15)
+            assert 1 < table.max() < 6
+            assert len(np.unique(table)) > 0.4 * table.size, "levels differ"
     assert trellis._TABLES.stat().st_size < 150_000
 
 
@@ -293,14 +294,14 @@ def test_runs_must_fill_bytes_and_kinds_are_known():
 
 
 def test_training_falls_towards_what_is_shipped():
-    """One bit and four states, from any start: between the bound and a codebook, at what the package ships or above."""
-    levels, error = trellis_tables.train(KEY, bits=1, states=4, rounds=12)
+    """Between the bound and a codebook, at what the package ships or above."""
+    levels, error = trellis_tables.train(KEY, bits=1, states=16, rounds=12)
     np.testing.assert_array_equal(levels, -levels[::-1])
-    code = trellis.code((((1,), 128),), states=4)
+    code = trellis.code((((1,), 128),), states=16)
     y = trellis_tables.sphere(jax.random.key(5), 1024)
     shipped = float(jnp.mean((decode(code, encode(code, y)) - y) ** 2))
     assert 0.25 < shipped < error * 1.01
-    assert error < 0.95 * codebooks.distortion(codebooks.lloyd_max(1))
+    assert error < 0.9 * codebooks.distortion(codebooks.lloyd_max(1))
 
 
 def test_a_cache_and_its_snapshot_hold_the_codes(tmp_path):
@@ -413,6 +414,13 @@ def test_costs_decide_in_which_coordinate_a_hybrid_errs():
         errors.append(np.mean((expanded - np.asarray(quantizer.coordinates(x))) ** 2, axis=(0, 1)))
     assert errors[0][8:12].mean() < 0.8 * errors[1][8:12].mean()
     assert errors[0][12:].mean() > 1.1 * errors[1][12:].mean()
+
+
+def test_the_trellis_of_a_hybrid_is_on_every_device():
+    mesh = jax.make_mesh((1,), ("heads",))
+    specs = sharding._quantizer_specs(sharding.Layout(mesh=mesh, kv_heads="heads"), hybrid())
+    assert specs.mean == specs.levels[0] == jax.sharding.PartitionSpec("heads")
+    assert specs.code.tables == ((jax.sharding.PartitionSpec(),), (jax.sharding.PartitionSpec(),))
 
 
 def test_files_of_hybrids_come_back_and_lies_are_refused(tmp_path):

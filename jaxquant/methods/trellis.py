@@ -1,16 +1,16 @@
 """Trellis-coded quantization of rotated vectors: TurboQuant with a better code for the coordinates, at the same bytes.
 
 A random rotation makes coordinates normal, of one variance. A scalar codebook leaves 1.6 to 3.9 dB to the bound of
-rate-distortion theory there, and a trellis of 256 states 0.4 to 0.9. It decodes by one table lookup a coordinate, as a
+rate-distortion theory there, and a trellis of 256 states 0.5 to 0.9. It decodes by one table lookup a coordinate, as a
 scalar codebook does, only that the index reaches into the codes of the next coordinates.
 
 References:
     A. Tseng, Q. Sun, D. Hou, C. De Sa, "QTIP: Quantization with trellises and incoherence processing",
     arXiv:2406.11235; M. Marcellin, T. Fischer, "Trellis coded quantization of memoryless and Gauss-Markov sources",
-    IEEE Trans. Commun. 38 (1990); the rotation and the norm are those of A. Zandieh, M. Daliri, M. Hadian, V. Mirrokni,
-    "TurboQuant", arXiv:2504.19874.
+    IEEE Transactions on Communications 38 (1990); the rotation and the norm are those of A. Zandieh, M. Daliri, M.
+    Hadian, V. Mirrokni, "TurboQuant", arXiv:2504.19874.
 
-Differs from the papers: QTIP quantizes weights, with 2**16 windows and a Hessian; here every vector is a sequence of
+Differs from the paper: QTIP quantizes weights, with 2**16 windows and a Hessian; here every vector is a sequence of
 its own, the trellis is small enough to search online, and its tables are trained for it. See `jaxquant.trellis`.
 """
 
