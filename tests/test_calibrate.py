@@ -223,6 +223,17 @@ def random_covariance(generator, dim=8):
     return x @ x.T + 1e-3 * np.eye(dim)
 
 
+def test_a_metric_weighs_what_its_reference_weighs():
+    generator = np.random.default_rng(7)
+    covariance, metric, reference = (np.stack([random_covariance(generator) for _ in range(3)]) for _ in range(3))
+    reference *= np.array([1e-3, 1.0, 1e3])[:, None, None]
+    found = bases.like(metric, reference, covariance)
+    np.testing.assert_allclose(
+        np.trace(found @ covariance, axis1=1, axis2=2), np.trace(reference @ covariance, axis1=1, axis2=2)
+    )
+    np.testing.assert_allclose(found / found[:, :1, :1], metric / metric[:, :1, :1])
+
+
 def test_the_basis_diagonalizes_both_and_no_other_spends_less():
     generator = np.random.default_rng(0)
     covariance, metric = random_covariance(generator), random_covariance(generator)

@@ -268,6 +268,11 @@ def test_heads_of_one_kind_share_a_codebook():
     x[1, 0] = np.sign(x[1, 0])
     book = copresheaf._types(np.quantile(x.reshape(4, -1), copresheaf._QUANTILES, axis=1).T, 2)
     assert book[0] == book[3] != book[1] == book[2]
+    z = generator.normal(size=(3, 2, 30_000))
+    three = np.stack([z[0], np.sign(z[1]), np.exp(z[2])]).reshape(6, -1)  # with two kinds, even the farthest is right
+    kinds = copresheaf._types(np.quantile(three, copresheaf._QUANTILES, axis=1).T, 3)
+    assert (kinds[::2] == kinds[1::2]).all()
+    assert len(set(kinds)) == 3
     keys, _ = copresheaf.fit(jax.random.key(0), bits_k=3, bits_v=3, key_samples=x, value_samples=x, types=1)
     np.testing.assert_array_equal(keys[0].levels, keys[1].levels)
     error = relative_error(keys[0], jnp.asarray(x[0], jnp.float32)[None]).mean()
