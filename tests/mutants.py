@@ -25,7 +25,7 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tests" / "data" / "mutants.toml"
-_LONGEST = 1200  # seconds of one run of tests
+_LONGEST = 300  # seconds of one run of tests
 _BROKEN = (2, 3, 4, 5)  # pytest did not get to run what it was asked to
 
 
