@@ -133,6 +133,13 @@ def test_information_does_not_depend_on_how_rows_are_split(decoder, tokens):
         close((again[0] + again[1] + again[2]).keys, whole.keys, 1e-6)
 
 
+def test_information_of_longer_text_weighs_more():
+    one, three = (np.full((1, 1, 2, 2), x) for x in (1.0, 3.0))
+    joined = fisher.Fisher(keys=one, values=three, tokens=10) + fisher.Fisher(keys=three, values=one, tokens=30)
+    assert joined.tokens == 40
+    np.testing.assert_allclose((joined.keys, joined.values), (2.5 * one, 1.5 * one))
+
+
 def test_gradients_equal_finite_differences(decoder, tokens, gradients):
     shape = gradients[0].shape
     value = jax.jit(lambda changes: text_loss(decoder, tokens[0], changes))
