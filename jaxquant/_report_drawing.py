@@ -9,6 +9,7 @@ from jaxquant._markup import Markup, join, tag
 
 _FLOOR = 1e-8  # what a logarithmic axis shows of anything smaller
 _LETTER, _LINE = 6.9, 14.0  # of a label of 12 pixels: widest mean letter, height
+_MISLEADING = 80.0  # square pixels of overlap that are as bad as a label nearer to another point
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 14.0, 46.0
 _DASHES = ("", "7 4", "2 3", "9 3 2 3", "4 2", "12 4")
 _MARKERS = (
@@ -110,7 +111,7 @@ def chart(
         x, y = at(*ring)
         taken.append(_around(x, y, 12.0))
         parts.append(tag("circle", class_="ring", cx=f"{x:.1f}", cy=f"{y:.1f}", r="11"))
-    frame = (_LEFT, 0.0, width, height - _BOTTOM)
+    frame, marks = (_LEFT, 0.0, width, height - _BOTTOM), [place for places in drawn for place in places]
     for number, (line, places) in enumerate(zip(lines, drawn, strict=True)):
         kind = number % len(_MARKERS)
         path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -119,18 +120,23 @@ def chart(
             tag("path", class_=f"mark s{kind}", d=_MARKERS[kind], transform=f"translate({x:.1f} {y:.1f})")
             for x, y in places
         ]
-        parts.append(_label(line.name, *places[-1], frame, taken, f"name s{kind}"))
-    for line in lines:
-        parts += [_label(label, *at(x, y), frame, taken, None) for x, y, label in line.points if label]
+        parts.append(_label(line.name, *places[-1], frame, marks, taken, f"name s{kind}"))
+    for number, line in enumerate(lines):
+        kind = f"s{number % len(_MARKERS)}"
+        parts += [
+            _label(label, *at(x, y), frame, marks, taken, f"beside {kind}") for x, y, label in line.points if label
+        ]
     return tag(
         "svg", join(*parts), role="img", viewBox=f"0 0 {width} {height}", width=width, height=height,
         aria_labelledby=f"{name}-title {name}-description", xmlns="http://www.w3.org/2000/svg",
     )  # fmt: skip
 
 
-def _label(text: str, x: Number, y: Number, frame: Box, taken: list[Box], kind: str | None) -> Markup:
-    """Write a label beside a point, where it covers least of what is there already."""
-    size = 1.1 * _LETTER * len(text) if kind else _LETTER * len(text)
+def _label(
+    text: str, x: Number, y: Number, frame: Box, marks: list[tuple[float, float]], taken: list[Box], kind: str
+) -> Markup:
+    """Write a label beside a point, where it covers least of what is there, and is nearer to no other point."""
+    size = (1.1 if kind.startswith("name") else 1.0) * _LETTER * len(text)
     places = [
         (x + dx - shift * size, y + dy)
         for dx, dy, shift in (
@@ -139,7 +145,12 @@ def _label(text: str, x: Number, y: Number, frame: Box, taken: list[Box], kind: 
         )
     ]  # fmt: skip
     boxes = [(left, base - _LINE + 3, left + size, base + 3) for left, base in places]
-    costs = [sum(_shared(box, other) for other in taken) + 9 * _outside(box, frame) for box in boxes]
+    costs = [
+        sum(_shared(box, other) for other in taken)
+        + 9 * _outside(box, frame)
+        + _MISLEADING * sum(_distance(box, *mark) < _distance(box, x, y) for mark in marks)
+        for box in boxes
+    ]
     best = costs.index(min(costs))
     taken.append(boxes[best])
     return _text(text, *places[best], "start", kind)
@@ -154,6 +165,10 @@ def _along(start: tuple[float, float], stop: tuple[float, float]) -> list[tuple[
 
 def _around(x: Number, y: Number, reach: Number) -> Box:
     return x - reach, y - reach, x + reach, y + reach
+
+
+def _distance(box: Box, x: Number, y: Number) -> float:
+    return math.hypot(max(box[0] - x, x - box[2], 0.0), max(box[1] - y, y - box[3], 0.0))
 
 
 def _shared(one: Box, other: Box) -> Number:

@@ -47,12 +47,12 @@ svg .name { font-weight: 700; }
 .ring { fill: none; stroke: var(--ink); stroke-width: 2; }
 .line { fill: none; stroke-width: 1.75; }
 .mark { stroke: var(--paper); stroke-width: 1; }
-.line.s0 { stroke: var(--s0); } .mark.s0, .name.s0 { fill: var(--s0); }
-.line.s1 { stroke: var(--s1); } .mark.s1, .name.s1 { fill: var(--s1); }
-.line.s2 { stroke: var(--s2); } .mark.s2, .name.s2 { fill: var(--s2); }
-.line.s3 { stroke: var(--s3); } .mark.s3, .name.s3 { fill: var(--s3); }
-.line.s4 { stroke: var(--s4); } .mark.s4, .name.s4 { fill: var(--s4); }
-.line.s5 { stroke: var(--s5); } .mark.s5, .name.s5 { fill: var(--s5); }
+.line.s0 { stroke: var(--s0); } .mark.s0, svg text.s0 { fill: var(--s0); }
+.line.s1 { stroke: var(--s1); } .mark.s1, svg text.s1 { fill: var(--s1); }
+.line.s2 { stroke: var(--s2); } .mark.s2, svg text.s2 { fill: var(--s2); }
+.line.s3 { stroke: var(--s3); } .mark.s3, svg text.s3 { fill: var(--s3); }
+.line.s4 { stroke: var(--s4); } .mark.s4, svg text.s4 { fill: var(--s4); }
+.line.s5 { stroke: var(--s5); } .mark.s5, svg text.s5 { fill: var(--s5); }
 .narrow { display: none; }
 @media (max-width: 700px) { .wide { display: none; } .narrow { display: block; } }
 summary { cursor: pointer; padding: .25rem 0; }

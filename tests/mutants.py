@@ -25,7 +25,7 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tests" / "data" / "mutants.toml"
-_LONGEST = 1200  # seconds of one run of tests
+_LONGEST = 300  # seconds of one run of tests
 _BROKEN = (2, 3, 4, 5)  # pytest did not get to run what it was asked to
 
 
@@ -51,9 +51,9 @@ class Mutant:
 
     @property
     def area(self) -> str:
-        """The module, or folder of modules, that the fault is in."""
-        parts = Path(self.file).with_suffix("").parts
-        return "/".join(parts[1:3] if parts[0] == "jaxquant" else parts[:2])
+        """The folder of modules that the fault is in, or the module."""
+        path = Path(self.file)
+        return path.stem if path.parent == Path("jaxquant") else str(path.parent).removeprefix("jaxquant/")
 
     def applied(self, text: str) -> str:
         """Put the fault into the text of its file.
@@ -142,6 +142,15 @@ def _test(tests: Sequence[str], tree: Path, output: int) -> NoReturn:
         os._exit(code)
 
 
+def table(report: dict[str, dict[str, object]]) -> str:
+    """Count faults by the folder or module that they are in, in Markdown."""
+    lines = ["| in | faults | noticed |", "|---|---|---|"]
+    for area in sorted({str(found["area"]) for found in report.values()}):
+        verdicts = [found["verdict"] for found in report.values() if found["area"] == area]
+        lines.append(f"| {area} | {len(verdicts)} | {verdicts.count('noticed')} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Run the faults that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -153,7 +162,8 @@ def main() -> int:
         parser.error(f"no fault begins with {' or '.join(arguments.only)}")
     for name in ("jax", "jax.experimental.pallas", "flax.nnx", "optax"):
         importlib.import_module(name)
-    console, report = Console(stderr=True), {}
+    console = Console(stderr=True)
+    report: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
         tree = copy(Path(scratch))
         for one in chosen:
@@ -165,6 +175,8 @@ def main() -> int:
     left = [name for name, found in report.items() if found["verdict"] != "noticed"]
     if arguments.json:
         print(json.dumps({"noticed": len(report) - len(left), "of": len(report), "faults": report}, indent=2))
+    else:
+        print(table(report))
     console.print(f"{len(report) - len(left)} of {len(report)} noticed" + (f"; not: {', '.join(left)}" if left else ""))
     return 1 if left else 0
 

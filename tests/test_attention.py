@@ -253,6 +253,10 @@ def test_decode_after_crop_reads_from_codes_what_left_the_window():
     q, k, v = tokens(6)
     c = cache.append(empty(sinks=2, window=8), 0, k[:, :30], v[:, :30])
     c = cache.crop(c, 25)  # the window now holds positions 22 to 24 and, beside them, tokens that are gone
+    coded = cache.append(empty(sinks=2), 0, k[:, :25], v[:, :25])
+    for got, want in zip(cache.materialize(c, 0), cache.materialize(coded, 0), strict=True):
+        np.testing.assert_allclose(got[:, :22], want[:, :22], atol=1e-6)
+        assert np.abs(got[:, 22:25] - want[:, 22:25]).max() > 1e-3
     out, lse = attention.decode_attention(q[:, 0], c, 0)
     kk, vv = (np.repeat(np.asarray(x, np.float64)[:, :25], 2, axis=2) for x in cache.materialize(c, 0))
     scores = np.einsum("bhd,bthd->bht", np.asarray(q[:, 0], np.float64), kk) * k.shape[-1] ** -0.5

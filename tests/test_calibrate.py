@@ -126,6 +126,13 @@ def test_information_does_not_depend_on_how_rows_are_split(decoder, tokens):
         close((again[0] + again[1] + again[2]).keys, whole.keys, 1e-6)
 
 
+def test_information_of_longer_text_weighs_more():
+    one, three = (np.full((1, 1, 2, 2), x) for x in (1.0, 3.0))
+    joined = fisher.Fisher(keys=one, values=three, tokens=10) + fisher.Fisher(keys=three, values=one, tokens=30)
+    assert joined.tokens == 40
+    np.testing.assert_allclose((joined.keys, joined.values), (2.5 * one, 1.5 * one))
+
+
 def test_gradients_equal_finite_differences(decoder, tokens, gradients):
     shape = gradients[0].shape
     value = jax.jit(lambda changes: text_loss(decoder, tokens[0], changes))
@@ -214,6 +221,17 @@ def test_the_memory_of_a_gradient_grows_with_the_tokens_and_not_with_their_squar
 def random_covariance(generator, dim=8):
     x = generator.normal(size=(dim, dim)) * generator.random(dim) ** 2
     return x @ x.T + 1e-3 * np.eye(dim)
+
+
+def test_a_metric_weighs_what_its_reference_weighs():
+    generator = np.random.default_rng(7)
+    covariance, metric, reference = (np.stack([random_covariance(generator) for _ in range(3)]) for _ in range(3))
+    reference *= np.array([1e-3, 1.0, 1e3])[:, None, None]
+    found = bases.like(metric, reference, covariance)
+    np.testing.assert_allclose(
+        np.trace(found @ covariance, axis1=1, axis2=2), np.trace(reference @ covariance, axis1=1, axis2=2)
+    )
+    np.testing.assert_allclose(found / found[:, :1, :1], metric / metric[:, :1, :1])
 
 
 def test_the_basis_diagonalizes_both_and_no_other_spends_less():

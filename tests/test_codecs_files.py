@@ -140,6 +140,10 @@ def test_damage_found_after_values_were_written(raw, tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def interrupted() -> bytes:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("unnamed", [True, False])
 def test_replacing(tmp_path, monkeypatch, unnamed):
     if not unnamed:
@@ -155,6 +159,8 @@ def test_replacing(tmp_path, monkeypatch, unnamed):
     assert path.read_bytes() == b"two"
     with pytest.raises(ValueError, match="whence"), atomic.replacing(path) as file:
         file.seek(file.write(b"three"), 9)
+    with pytest.raises(KeyboardInterrupt), atomic.replacing(path) as file:
+        file.write(interrupted())
     assert path.read_bytes() == b"two"
     assert sorted(found.name for found in tmp_path.iterdir()) == ["link", "x"]
     umask = os.umask(0)

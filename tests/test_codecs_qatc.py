@@ -142,6 +142,16 @@ def test_kv_like_is_smaller_by_the_entropy_code():
     assert default < 0.97 * parity
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [0, 1, 3, 7, 8, 20, 23])
+def test_strided_xor_is_undone_to_the_last_word(stride, size):
+    words = np.random.default_rng(size).integers(0, 1 << 16, size, dtype=np.uint16)
+    residual = byteplanes.xor_previous(words, stride)
+    assert residual.tolist() == [int(w) ^ (int(words[i - stride]) if i >= stride else 0) for i, w in enumerate(words)]
+    byteplanes.undo_xor(residual, stride)
+    assert same(residual, words)
+
+
 def test_stride_hint():
     words = fixtures_qatc.native()["piecewise"]
     values = words.view(ml_dtypes.bfloat16)

@@ -1,5 +1,6 @@
 import concurrent.futures
 import io
+import itertools
 import os
 import signal
 import struct
@@ -198,6 +199,22 @@ def test_signs_follow_the_previous_token_or_the_channel():
     random_sign = x ^ (rng.integers(0, 2, x.shape).astype(np.uint16) << 15)
     saved = len(v3.encode(random_sign.view(BF16))) - len(coded)
     assert saved > 0.5 * 64 / 96 * x.size / 8  # over half a bit of the sign for two thirds of the channels
+
+
+@pytest.mark.parametrize("word", ["u1", "u2", "u4", "u8"])
+@pytest.mark.parametrize("predictor", [planes.NONE, planes.DELTA, planes.DELTA_TWICE, planes.XOR])
+def test_differences_of_any_words_come_back_and_are_those_of_the_description(word, predictor):
+    bits, rng = 8 * np.dtype(word).itemsize, np.random.default_rng(predictor)
+    words = rng.integers(0, 2**bits, (40, 3), dtype=np.uint64).astype(word)
+    words[:4, 0] = [0, 2**bits - 1, 2 ** (bits - 1), 2 ** (bits - 1) - 1]
+    for ordered in (0, planes.ORDERED):
+        changed = planes.difference(words.reshape(-1), 3, predictor | ordered)
+        assert same(planes.undo_difference(changed, 3, predictor | ordered).reshape(40, 3), words)
+    if predictor == planes.DELTA:
+        half, column = 2 ** (bits - 1), words[:, 1].tolist()
+        steps = [(b - a + half) % (2 * half) - half for a, b in itertools.pairwise(column)]
+        found = planes.difference(words.reshape(-1), 3, predictor).reshape(40, 3)[1:, 1]
+        assert found.tolist() == [2 * step if step >= 0 else -2 * step - 1 for step in steps]  # zigzag
 
 
 @settings(deadline=None, max_examples=60)

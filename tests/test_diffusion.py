@@ -331,6 +331,20 @@ def test_chunks_of_frames_give_the_whole_video(chunk):
     assert np.allclose(blind, expected[:, :7], atol=1e-6) == (chunk >= 7)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 7, 10])
+def test_chunks_of_a_decoder_that_makes_more_frames_than_it_reads(chunk):
+    x = latents(2, 2, frames=7)
+
+    def step(seen, part):
+        numbers = seen + jnp.arange(part.shape[1], dtype=jnp.float32)
+        doubled = jnp.repeat(part + numbers[None, :, None, None, None], 2, axis=1)
+        return seen + part.shape[1], doubled
+
+    seen, got = tiles.in_time(step, jnp.float32(0), x, chunk=chunk)
+    assert np.array_equal(got, step(jnp.float32(0), x)[1])
+    assert seen == 7
+
+
 def test_memory_of_chunks_does_not_grow_with_the_video():
     graph, state = nnx.split(decoder())
 
@@ -440,6 +454,11 @@ def test_angles_turn_each_axis_with_its_own_coordinates():
     assert np.array_equal(angles[..., 2:4], np.broadcast_to(angles[:1, :, :1, 2:4], (2, 3, 5, 2)))
     assert np.array_equal(angles[..., 4:], np.broadcast_to(angles[:1, :1, :, 4:], (2, 3, 5, 2)))
     assert np.allclose(angles[0, 0, :, 4], np.arange(5))
+    angles = layouts.wan_angles((2, 3, 5), 16).reshape(2, 3, 5, 8)  # 16 = 8 for the frame, 4 for the row and the column
+    for axis, (first, stop) in enumerate([(0, 4), (4, 6), (6, 8)]):
+        along = np.moveaxis(angles[..., first:stop], axis, 0)
+        assert np.array_equal(along, np.broadcast_to(along[:, :1, :1], along.shape))
+        assert np.allclose(along[:, 0, 0, 0], np.arange(along.shape[0]))
 
 
 def test_layouts_come_back():

@@ -98,6 +98,20 @@ def test_messages_follow_each_other_through_a_pipe():
     assert identical(found[1], second)
 
 
+class Trickle(io.BytesIO):
+    """Takes few bytes at a time, as sockets and pipes without a buffer may."""
+
+    def write(self, data, /):
+        return super().write(bytes(data[:100]))
+
+
+def test_a_stream_that_takes_few_bytes_at_a_time_gets_all_of_them():
+    stream = Trickle()
+    sent = migration.send(stream, filled())
+    assert stream.getvalue() == message(filled())
+    assert sent == len(stream.getvalue()) > 1000
+
+
 def test_large_tensors_travel_in_several_frames(monkeypatch):
     monkeypatch.setattr(migration, "_FULL", 100)
     monkeypatch.setattr(migration, "_MOST", 64)

@@ -133,12 +133,19 @@ def half(record: dict) -> dict:
     return record["cache"]["fields"]["stacks"]["items"][0]["fields"]["keys"]["fields"]
 
 
+def swapped_codes(record: dict) -> None:
+    stack = record["cache"]["fields"]["stacks"]["items"][0]["fields"]
+    keys, values = (stack[name]["fields"] for name in ("keys", "values"))
+    keys["codes"], values["codes"] = values["codes"], keys["codes"]
+
+
 LIES = {
     "another version": (lambda r: r.update(version=2), UnsupportedError, "version"),
     "another class": (lambda r: half(r)["quantizer"].update({"class": "os:system"}), UnsupportedError, "a caller"),
     "a missing array": (lambda r: half(r).update(window={"array": "x"}), CorruptError, "'x' is missing"),
     "no cache": (lambda r: r.update(cache={"value": 3}), CorruptError, "is no cache"),
     "other bits": (lambda r: half(r)["quantizer"]["fields"].update(bits=3), CorruptError, "do not fit"),
+    "codes of other bits": (swapped_codes, CorruptError, "codes must be"),
     "places twice": (lambda r: r["cache"]["fields"].update(places=[[0, 0]] * 3), CorruptError, "do not fit"),
     "full empty arrays": (lambda r: r.update(empty={"cache/x": [[3], "float32"]}), CorruptError, "not described"),
 }  # fmt: skip

@@ -231,9 +231,10 @@ def test_memory_is_the_packed_bytes(dtype):
 def test_a_sliding_layer_forgets():
     cache = CompressedCache(config(sliding_window=8, num_hidden_layers=1), *pair())
     held = []
-    for count in (40, 1, 1):
+    for count, seen in ((40, 40), (1, 8), (3, 10)):  # each of the new tokens sees 7 before it, and itself
         x = torch.randn(1, HEADS, count, DIM)
-        cache.update(x, x, 0)
+        assert cache.get_mask_sizes(count, 0)[0] == seen
+        assert [part.shape[2] for part in cache.update(x, x, 0)] == [seen, seen]
         held.append(cache.layers[0].nbytes)
     assert held == [HEADS * 7 * (DIM * 6 // 8 + 4)] * 3
     assert cache.is_sliding == [True]

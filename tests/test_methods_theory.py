@@ -1,5 +1,6 @@
 """Methods against what theory or literature says of them: errors, biases and variances, never first runs."""
 
+import inspect
 import itertools
 import math
 
@@ -21,6 +22,7 @@ from jaxquant.methods import (
     turboquant,
     uniform,
 )
+from jaxquant.pipeline import Pipeline
 
 
 def decoded(quantizer, x):
@@ -266,6 +268,11 @@ def test_heads_of_one_kind_share_a_codebook():
     x[1, 0] = np.sign(x[1, 0])
     book = copresheaf._types(np.quantile(x.reshape(4, -1), copresheaf._QUANTILES, axis=1).T, 2)
     assert book[0] == book[3] != book[1] == book[2]
+    z = generator.normal(size=(3, 2, 30_000))
+    three = np.stack([z[0], np.sign(z[1]), np.exp(z[2])]).reshape(6, -1)  # with two kinds, even the farthest is right
+    kinds = copresheaf._types(np.quantile(three, copresheaf._QUANTILES, axis=1).T, 3)
+    assert (kinds[::2] == kinds[1::2]).all()
+    assert len(set(kinds)) == 3
     keys, _ = copresheaf.fit(jax.random.key(0), bits_k=3, bits_v=3, key_samples=x, value_samples=x, types=1)
     np.testing.assert_array_equal(keys[0].levels, keys[1].levels)
     error = relative_error(keys[0], jnp.asarray(x[0], jnp.float32)[None]).mean()
@@ -286,6 +293,24 @@ def test_oscar_spreads_what_queries_read():
     np.testing.assert_allclose(diagonal, np.trace(moments) / 64, rtol=1e-4)
     usual = np.asarray(turboquant.mse(jax.random.key(0), dim=64, bits=2).rotation.rotate(jnp.eye(64))).T
     assert np.ptp(np.diag(usual @ moments @ usual.T)) > 0.5 * np.trace(moments) / 64
+
+
+def test_oscar_hears_every_head_alike_and_tells_keys_from_values():
+    generator = np.random.default_rng(5)
+    a = generator.normal(size=(2, 1, 2, 64, 64)) * np.exp(generator.normal(size=64) * 2)
+    moments = a @ np.swapaxes(a, -1, -2)
+    moments[:, :, 1] *= 1e4  # a head that shouts
+    keys, values = oscar.fit(
+        jax.random.key(0), bits_k=3, bits_v=2, query_moments=moments[0], weighted_values=moments[1]
+    )
+    for (quantizer,), own, other in ((keys, moments[0], moments[1]), (values, moments[1], moments[0])):
+        matrix = np.asarray(quantizer.rotation.matrix, np.float64)
+        heads = [(each / np.trace(each, axis1=1, axis2=2)[:, None, None]).sum(axis=0) for each in (own[0], other[0])]
+        mine, theirs = (np.diag(matrix @ each @ matrix.T) for each in heads)
+        np.testing.assert_allclose(mine, 2 / 64, rtol=1e-3)
+        assert np.ptp(theirs) > 0.1 / 64
+    assert (keys[0].bits, values[0].bits) == (3, 2)
+    np.testing.assert_allclose((keys[0].clip, values[0].clip), (0.96, 0.92), rtol=1e-6)  # the paper's
 
 
 # RotorQuant: as good as TurboQuant on normal vectors, several times worse where channels stick out.
@@ -321,3 +346,32 @@ def test_costs_are_counted_from_the_storage():
         turboquant.mse(key, dim=dim, bits=bits_k, rotation="haar"),) * 2)  # fmt: skip
     assert dense.encode > 2 * 128  # a product with a matrix of 128 rows is 256 operations a coordinate
     assert catalogue.cost(uniform.kv).encode < 40
+
+
+def built(builder, bits_k, bits_v):
+    """Build for random data, and give the quantizers of keys and of values."""
+    random = np.random.default_rng(0)
+    given = {"dim": 64} if "dim" in inspect.signature(builder).parameters else {}
+    for name in catalogue.wanted(builder):
+        x = random.normal(size=(1, 1, 256, 64))
+        given[name] = x if "samples" in name else np.einsum("lhsd,lhse->lhde", x, x)
+    made = builder(jax.random.key(0), bits_k=bits_k, bits_v=bits_v, **given)
+    if isinstance(made, Pipeline):
+        return made.keys, made.values
+    return tuple(half[0] if isinstance(half, tuple) else half for half in made)
+
+
+# fp8 has 8 bits alone
+@pytest.mark.parametrize(
+    "name", [name for name, entry in catalogue.entries().items() if entry.builders and name != "fp8"]
+)
+def test_bits_of_keys_go_to_keys_and_those_of_values_to_values(name):
+    def sizes(builder, *bits):
+        x = jax.ShapeDtypeStruct((1, 1, 64, 64), jnp.float32)
+        codes = [jax.eval_shape(quantizer.quantize, x) for quantizer in built(builder, *bits)]
+        return [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(code)) for code in codes]
+
+    for builder in catalogue.entries()[name].builders.values():
+        same, more_keys, more_values = (sizes(builder, *bits) for bits in ((3, 3), (4, 3), (3, 4)))
+        assert more_keys[0] > same[0] == more_values[0]
+        assert more_values[1] > same[1] == more_keys[1]

@@ -78,6 +78,26 @@ def test_attention_equals_the_dense_path(filled, implementation):
             assert distance(paged.decode_attention_paged(q, *operands, **how, implementation="xla"), want) > 1e-4, name
 
 
+@pytest.mark.parametrize("how", [{}, {"sliding_window": 300}], ids=["all", "sliding"])
+def test_long_rows_are_read_in_steps(how):
+    keys, values = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=2)
+    lengths, each, page = (1300, 900), 11, 128  # three steps of four pages, the last one of three
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(2, 4, 64)).astype(np.float32) * 2)
+    k, v = (jnp.asarray(x) for x in rng.normal(size=(2, 2, 1300, 2, 64)).astype(np.float32))
+    mask = jnp.arange(1300) < jnp.array(lengths)[:, None]
+    dense = cache.init(keys, values, layers=1, batch=2, kv_heads=2, capacity=each * page)
+    dense = cache.append(dense, 0, k, v, mask=mask)
+    table = jnp.asarray(rng.permutation(2 * each).reshape(2, each), jnp.int32)
+    pages = paged.init(keys, values, pages=2 * each, kv_heads=2, page=page)
+    pages, length = paged.append(pages, table, jnp.zeros(2, jnp.int32), k, v, mask=mask)
+    got = paged.decode_attention_paged(q, pages, table, length, **how, implementation="xla")
+    assert distance(got, attention.decode_attention(q, dense, 0, **how)) < 1e-5
+    swapped = table.at[:, jnp.array([7, 8])].set(table[:, jnp.array([8, 7])])  # of two steps
+    wrong = paged.decode_attention_paged(q, pages, swapped, length - 40, **how, implementation="xla")
+    assert distance(wrong, attention.decode_attention(q, dense, 0, **how)) > 1e-4
+
+
 def test_tpu_grid_reads_pages(filled):
     q, how, dense, pages, table, length = filled
     rule = xla.Rule(
