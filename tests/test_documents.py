@@ -168,6 +168,15 @@ def test_the_readme_repeats_what_the_documents_measured():
     evaluation = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert rows
     assert all(row in evaluation.splitlines() for row in rows)
+    calibration = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8")
+    for bits, size, found in re.findall(
+        r"^\| calibrated, (\d) bits \| 0, 0 \| ([\d.]+) \| (.*?%) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    ):
+        perplexity, kl, top = found.split(" | ")
+        assert float(size) == int(bits) * 2 * 128 / 8
+        assert re.search(rf"^\| {bits}\.000 \| {perplexity} \| [^|]* \| {kl} \| {top} \|", calibration, re.MULTILINE), (
+            bits
+        )
     drawn = runpy.run_path(str(ROOT / "tests" / "bench" / "plot_readme.py"))
     for name in ("quality", "speed"):
         picture = (ROOT / "docs" / "images" / f"{name}.svg").read_text(encoding="utf-8")
