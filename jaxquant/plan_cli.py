@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from jaxquant import _console
-from jaxquant._console import Json, ModelDir, out
+from jaxquant._console import Json, out
 
 if TYPE_CHECKING:
     from jaxquant.plan import Machine
@@ -23,7 +23,7 @@ GIB = 2.0**30
 
 
 def plan(
-    model: ModelDir = None,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face folder; default: Llama-3.1-8B's shapes.")] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 32_768,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     devices: Annotated[int, typer.Option(min=1, help="That share the model and the cache.")] = 1,
