@@ -157,3 +157,12 @@ def test_wrong_arguments_are_refused():
             population.evolve(jax.random.key(0), space, zdt1, members=members)
     with pytest.raises(ValueError, match="no Choice"):
         population.evolve(jax.random.key(0), {}, zdt1)
+
+
+def test_parents_are_the_better_of_two_and_mutations_go_both_ways():
+    line = jnp.stack([jnp.arange(300.0)] * 2, axis=1)
+    parents = population._tournament(jax.random.key(0), line)
+    assert abs(np.asarray(parents).mean() - 100) < 5 * 300 / 18**0.5 / 300**0.5  # the lower of two uniform numbers
+    middle = jnp.full((2000, 4), 0.5)
+    moved = np.asarray(population._mutated(jax.random.key(1), middle, jnp.float32(15)) - middle)
+    assert abs((moved[moved != 0] > 0).mean() - 0.5) < 5 * 0.5 / (moved != 0).sum() ** 0.5
