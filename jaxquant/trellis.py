@@ -260,8 +260,8 @@ def tables_of(code: Code) -> np.ndarray:
     """Number the tables of a code from 0 on, and say which of them each coordinate has.
 
     Example:
-        >>> tables_of(code((((3, 2), 2), ((1,), 4)), states=4))
-        array([0, 1, 0, 1, 2, 2, 2, 2])
+        >>> tables_of(code((((3, 2), 2), ((1,), 6)), states=4))
+        array([0, 1, 0, 1, 2, 2, 2, 2, 2, 2])
     """
     out, first = [], 0
     for pattern, count in code.runs:

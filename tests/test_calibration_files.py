@@ -362,15 +362,18 @@ def test_pictures_ask_for_matplotlib_before_the_work_begins(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_calibrate_eval_convert(tmp_path):
+@pytest.mark.parametrize("coder", [[], ["--quantizer", "trellis", "--states", "16"]], ids=["codebooks", "trellis"])
+def test_calibrate_eval_convert(tmp_path, coder):
     def run(*arguments):
         result = CliRunner().invoke(cli.app, [*arguments, "--json"])
         if result.exception is not None:
             raise result.exception
         return json.loads(result.stdout)
 
-    made = run("calibrate", "--rows", "2", "--seq-len", "256", "--bits", "2.5", "-o", str(tmp_path / "c"))
+    made = run("calibrate", "--rows", "2", "--seq-len", "256", "--bits", "2.5", *coder, "-o", str(tmp_path / "c"))
     assert made["bytes"] == (tmp_path / "c").stat().st_size
+    ringed = [half.code is not None for half in files.read(tmp_path / "c").values]
+    assert any(ringed) == bool(coder)
     assert 2.4 < made["bits"] <= 2.5
     assert made["tokens"] == 512
     score = ["eval", "--rows", "1", "--seq-len", "96", "--start", "4000"]
