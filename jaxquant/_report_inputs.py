@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxquant import catalogue, evaluate, models, needles, token_files
-from jaxquant import trial as trials
+from jaxquant import compression as compressions
 from jaxquant.calibrate import files, text
 from jaxquant.pipeline import Pipeline
 from jaxquant.protocols import Quantizer
@@ -95,11 +95,11 @@ def candidates(
             add(name, "", method if isinstance(method, Pipeline) else (method, method))
             continue
         if catalogue.wanted(method) and statistics is None:
-            statistics = trials.sampled(model)
+            statistics = compressions.sampled(model)
         for bits_k, bits_v in bits:
             key, label = jax.random.key(seed), f"K{bits_k}V{bits_v}"
             try:
-                built = trials.build(model, method, key, bits_k=bits_k, bits_v=bits_v, measured=statistics)
+                built = compressions.build(model, method, key, bits_k=bits_k, bits_v=bits_v, measured=statistics)
             except ValueError as error:
                 raise ValueError(f"{name} {label}: {error}") from None
             add(name, label, built)

@@ -112,12 +112,14 @@ def _settings(report: dict[str, Any]) -> Markup:
     about = f"{text['predicted_tokens']:,} predicted tokens"
     if asked:
         about += f" and {text['answer_tokens']:,} tokens of pass keys, one of which is {1 / text['answer_tokens']:.1%}"
+    kept = "No token stays exact."
+    if text["sinks"] or text["window"]:
+        kept = f"Of each row the first {text['sinks']} and the newest {text['window']} tokens stay exact."
     return _section(
         "Settings",
         tag(
             "p",
-            f"Measured on {about}. Of each row the first {text['sinks']} and the newest {text['window']} tokens "
-            "stay exact. ★ marks the recommended setting.",
+            f"Measured on {about}. {kept} ★ marks the recommended setting.",
         ),
         _table("Settings and what they cost", headers, lines),
     )

@@ -165,8 +165,9 @@ def init(
         shape = (layers, count + 1, batch, kv_heads, segment, *leaf.shape[4:])
         return jax.device_put(np.zeros(shape, leaf.dtype), host)
 
-    cold = tuple(jax.tree.map(empty, store.codes) for store in (near.stacks[0].keys, near.stacks[0].values))
-    return OffloadedCache(hot=near, cold=(cold[0], cold[1]), spilled=jnp.zeros(batch, jnp.int32))
+    stack = near.stacks[0]
+    cold = jax.tree.map(empty, (stack.keys.codes, stack.values.codes))
+    return OffloadedCache(hot=near, cold=cold, spilled=jnp.zeros(batch, jnp.int32))
 
 
 def spill(held: OffloadedCache) -> OffloadedCache:
