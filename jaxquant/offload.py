@@ -35,21 +35,18 @@ class OffloadedCache:
         cold: codes of keys and of values in host memory, every leaf [layers, segments + 1,
             batch, kv_heads, segment, ...]; the last segment is for what is thrown away.
         spilled: segments of each row that are in use.
+        length: tokens of each row, cold ones included.
     """
 
     hot: KVCache
     cold: tuple[PyTree[Any], PyTree[Any]]
     spilled: Int[Array, " batch"]
+    length: Int[Array, "layers batch"]
 
     @property
     def segment(self) -> int:
         """Tokens of a segment."""
         return jax.tree.leaves(self.cold)[0].shape[4]
-
-    @property
-    def length(self) -> Int[Array, "layers batch"]:
-        """Tokens of each row, cold ones included."""
-        return self.hot.length + self.spilled * self.segment
 
     @property
     def dim(self) -> int:
@@ -69,7 +66,7 @@ class OffloadedCache:
     @property
     def nbytes(self) -> int:
         """Bytes held, in both memories."""
-        return self.host_nbytes + self.hot.nbytes + self.spilled.nbytes
+        return self.host_nbytes + self.hot.nbytes + self.spilled.nbytes + self.length.nbytes
 
     @property
     def bytes_per_token(self) -> float:
@@ -105,7 +102,8 @@ class OffloadedCache:
         out, lse, hot = attention.prefill_attention(q, k, v, self.hot, layer, mask=mask, **rule)
         seen = _cold(self, q, before, mask, layer, rule)
         joined = attention.merge((out.astype(jnp.float32), lse), seen)
-        return joined[0].astype(q.dtype), joined[1], dataclasses.replace(self, hot=hot)
+        length = self.length.at[layer].set(hot.length[layer] + self.spilled * self.segment)
+        return joined[0].astype(q.dtype), joined[1], dataclasses.replace(self, hot=hot, length=length)
 
 
 def init(
@@ -167,7 +165,9 @@ def init(
 
     (stack,) = near.stacks
     cold = jax.tree.map(empty, (stack.keys.codes, stack.values.codes))
-    return OffloadedCache(hot=near, cold=cold, spilled=jnp.zeros(batch, jnp.int32))
+    return OffloadedCache(
+        hot=near, cold=cold, spilled=jnp.zeros(batch, jnp.int32), length=jnp.zeros((layers, batch), jnp.int32)
+    )
 
 
 def spill(held: OffloadedCache) -> OffloadedCache:
@@ -186,7 +186,7 @@ def spill(held: OffloadedCache) -> OffloadedCache:
     """
     run = jax.jit(_spill, donate_argnums=(0, 1), out_shardings=(None, _host(held.hot)))
     (hot, spilled), cold = run(held.hot, held.cold, held.spilled)
-    return OffloadedCache(hot=hot, cold=cold, spilled=spilled)
+    return OffloadedCache(hot=hot, cold=cold, spilled=spilled, length=held.length)
 
 
 def _spill(hot: KVCache, cold: Any, spilled: Array) -> tuple[tuple[KVCache, Array], Any]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import attention, cache, quantizers
+from jaxquant import _attention, attention, cache, quantizers
 from jaxquant._kernels import xla
 from jaxquant.methods import turboquant
 
@@ -131,7 +131,7 @@ def test_prefill_equals_oracle_for_any_chunking(case, cuts):
 
 @pytest.mark.parametrize("cuts", [(40,), (17, 23), (1, 6, 6, 6, 6, 6, 9)], ids=["one", "two", "seven"])
 def test_exact_chunks_equal_oracle(case, cuts, monkeypatch):
-    monkeypatch.setattr(attention, "_QUERY_CHUNK", 16)
+    monkeypatch.setattr(_attention, "_QUERY_CHUNK", 16)
     monkeypatch.setattr(xla, "BLOCK", 16)
     held, rule = split(case)
     c, ordinary = empty(**held), empty(**held)
@@ -300,7 +300,7 @@ def test_visible_hides_positions_everywhere():
 def test_long_prefill_is_scored_in_chunks(monkeypatch):
     q, k, v = tokens(10)
     expected = attention.prefill_attention(q, k, v, empty(sinks=3, window=8), 0)
-    monkeypatch.setattr(attention, "_QUERY_CHUNK", 16)
+    monkeypatch.setattr(_attention, "_QUERY_CHUNK", 16)
     monkeypatch.setattr("jaxquant._kernels.xla.BLOCK", 24)
     jax.clear_caches()
     out, lse, _ = attention.prefill_attention(q, k, v, empty(sinks=3, window=8), 0)

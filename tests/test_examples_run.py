@@ -68,7 +68,9 @@ def test_the_small_model_is_trained(tmp_path):
     library = tmp_path / "library"
     for package in ("asyncio", "email", "http", "json"):
         shutil.copytree(Path(sysconfig.get_paths()["stdlib"]) / package, library / package)
-    (library / "LICENSE.txt").write_text("of the text\n")
+    (library / "LICENSE.txt").write_text(
+        "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2\n8. By copying the text\n\n\nOther licences\n"
+    )
     sizes = "--steps 2 --microsteps 1 --batch 1 --needle-pool 8 --context 1024"
     run("train_small_model", ["--out", "small", "--library", str(library), *sizes.split()], tmp_path)
     assert models.load(tmp_path / "small").architecture.layers == 5
