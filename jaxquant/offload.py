@@ -163,7 +163,7 @@ def init(
         shape = (layers, count + 1, batch, kv_heads, segment, *leaf.shape[4:])
         return jax.device_put(np.zeros(shape, leaf.dtype), host)
 
-    (stack,) = near.stacks
+    stack = next(iter(near.stacks))
     cold = jax.tree.map(empty, (stack.keys.codes, stack.values.codes))
     return OffloadedCache(
         hot=near, cold=cold, spilled=jnp.zeros(batch, jnp.int32), length=jnp.zeros((layers, batch), jnp.int32)
