@@ -99,7 +99,11 @@ class OffloadedCache:
             raise ValueError("sliding_window cannot be had together with sinks in an offloaded cache")
         rule = {"scale": scale, "soft_cap": soft_cap, "sliding_window": sliding_window}
         before = self.hot.length[layer]
-        out, lse, hot = attention.prefill_attention(q, k, v, self.hot, layer, mask=mask, **rule)
+        if q.shape[1] == 1:
+            hot = cache.append(self.hot, layer, k, v, mask=mask)
+            out, lse = (x[:, None] for x in attention.decode_attention(q[:, 0], hot, layer, **rule))
+        else:
+            out, lse, hot = attention.prefill_attention(q, k, v, self.hot, layer, mask=mask, **rule)
         seen = _cold(self, q, before, mask, layer, rule)
         joined = attention.merge((out.astype(jnp.float32), lse), seen)
         length = self.length.at[layer].set(hot.length[layer] + self.spilled * self.segment)
@@ -184,9 +188,13 @@ def spill(held: OffloadedCache) -> OffloadedCache:
         >>> c.hot.length, c.length
         (Array([[8]], dtype=int32), Array([[40]], dtype=int32))
     """
-    run = jax.jit(_spill, donate_argnums=(0, 1), out_shardings=(None, _host(held.hot)))
-    (hot, spilled), cold = run(held.hot, held.cold, held.spilled)
+    (hot, spilled), cold = _spilling(_host(held.hot))(held.hot, held.cold, held.spilled)
     return OffloadedCache(hot=hot, cold=cold, spilled=spilled, length=held.length)
+
+
+@functools.cache
+def _spilling(host: SingleDeviceSharding) -> Any:
+    return jax.jit(_spill, donate_argnums=(0, 1), out_shardings=(None, host))
 
 
 def _spill(hot: KVCache, cold: Any, spilled: Array) -> tuple[tuple[KVCache, Array], Any]:
