@@ -37,6 +37,7 @@ class Case(NamedTuple):
     exact_layers: tuple[int, ...] = ()
     layer: int = 1
     cores: int = 132
+    together: int = 8
     sizes: tuple[float, float] = (1.0, 1.0)  # of keys and values; queries undo the keys'
     growth: tuple[float, float] = (1.0, 1.0)  # of the scales of keys and values, from the first token to the last
 
@@ -81,7 +82,8 @@ GROWING = Case(
     growth=(1.0, 1e4),
     group=12,
 )
-PARTS = Case(capacity=640, lengths=(640, 500))
+PARTS = Case(capacity=1300, lengths=(1300, 500), values="2 uniform", together=1)
+CLUSTER = Case(capacity=1300, lengths=(1300, 500), group=8, values="2 uniform", q="bfloat16")
 ROUNDS = Case(rotation="hadamard 3", group=8, q="float16")
 SPECIAL = [
     USUAL,
@@ -101,6 +103,8 @@ SPECIAL = [
     Case(keys="8", values="8", sizes=(1e4, 1e4), scales=("float32", "bfloat16"), dim=64),
     GROWING,
     PARTS,
+    CLUSTER,
+    CLUSTER._replace(group=16, rotation="haar", lengths=(0, 1300)),
     Case(
         keys="3", values="2 uniform", dim=256, capacity=600, lengths=(600, 599), cores=1, growth=(30.0, 1e-3), window=2
     ),
@@ -174,7 +178,7 @@ def compare(case: Case, got: Any, want: Any) -> None:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_kernel_equals_xla_and_float64(case):
     c, q = filled(case), queries(case)
-    with emulate.installed(cores=case.cores):
+    with emulate.installed(cores=case.cores, together=case.together):
         got = attend(case, c, q)
         compare(case, got, oracle(case, c, q))
         if case in CASES[::5]:
@@ -208,6 +212,10 @@ MUTANTS = {
     "the soft cap": ("if (SOFT_CAP) {", "if (false) {", CAPPED),
     "the last warp": ("w < WARPS; w++) {\n            const", "w < 7; w++) {\n            const", LONG),
     "parts of the total": ("total += totals[w];", "", PARTS),
+    "blocks do not wait for blocks": ("            sync_cluster();", "            sync();", CLUSTER),
+    "one part of a cluster": ("sums + 2 * place, CLUSTER, 0, 1,", "sums + 2 * place, 1, 0, 1,", CLUSTER),
+    "heads of other warps": ("head += CLUSTER * WARPS", "head += heads", CLUSTER._replace(group=16, capacity=530, lengths=(530, 2))),
+    "rotated back by another's signs": ("x, top, sum, value_signs, out", "x, top, sum, key_signs, out", CLUSTER),
 }  # fmt: skip
 
 
@@ -216,7 +224,7 @@ MUTANTS = {
 def test_mistakes_in_the_source_are_seen(mistake):
     old, new, case = MUTANTS[mistake]
     c, q = filled(case), queries(case)
-    with emulate.installed(cores=case.cores, replace=(old, new)):
+    with emulate.installed(cores=case.cores, together=case.together, replace=(old, new)):
         got = jax.block_until_ready(attend(case, c, q))
     with pytest.raises(AssertionError):
         compare(case, got, oracle(case, c, q))

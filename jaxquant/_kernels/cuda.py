@@ -2,7 +2,8 @@
 
 The kernels are CUDA C++ in `sources/`, compiled for the shapes at hand when they are first traced. `decode` reads the
 stacked buffers in place: the layer, the lengths and the settings are operands in device memory, so that nothing is
-sliced, copied or synchronized; `combine` joins its parts. `docs/kernels.md` has the design and what it reaches.
+sliced, copied or synchronized. Few parts of a row are joined by the blocks that made them, many by `combine`.
+`docs/kernels.md` has the design and what it reaches.
 """
 
 import functools
@@ -140,6 +141,10 @@ def attend(
     if value_rounds is None:
         dtype = "float32"
         q = q.astype(dtype)
+    shape = _shape(dim, heads)
+    passes = -(-heads // shape.columns)
+    parts = _parts(batch * kv_heads * passes, slots, shape, most_together())
+    together = parts <= most_together()
     decode, combine = kernels(
         dim=dim,
         heads=heads,
@@ -152,12 +157,14 @@ def attend(
         sliding=rule.sliding_window is not None,
         even=slots % 8 == 0,
         page=page,
+        cluster=parts if together else 0,
     )
-    shape = _shape(dim, heads)
-    passes = -(-heads // shape.columns)
-    parts = _parts(batch * kv_heads * passes, slots, shape)
     nothing = jnp.zeros((), jnp.float32)
-    partial, sums = decode(
+    results = [
+        jax.ShapeDtypeStruct((batch, kv_heads, heads, dim), dtype),
+        jax.ShapeDtypeStruct((batch, kv_heads, heads), jnp.float32),
+    ]
+    partial, sums, out, lse = decode(
         [
             q,
             jnp.asarray(layer, jnp.int32),
@@ -171,23 +178,18 @@ def attend(
             *_operands(codes[0], keys),
             signs(keys),
             *_operands(codes[1], values),
+            signs(values),
         ],
         [layers, batch, kv_heads, slots, sinks, window, length.shape[0]],
         [
             jax.ShapeDtypeStruct((batch * kv_heads * heads, parts, dim), jnp.float32),
             jax.ShapeDtypeStruct((batch * kv_heads * heads, parts, 2), jnp.float32),
+            *(results if together else [jax.ShapeDtypeStruct((1,), jnp.float32)] * 2),
         ],
         grid=(batch * kv_heads * passes, parts),
     )
-    out, lse = combine(
-        [partial, sums, signs(values)],
-        [parts],
-        [
-            jax.ShapeDtypeStruct((batch, kv_heads, heads, dim), dtype),
-            jax.ShapeDtypeStruct((batch, kv_heads, heads), jnp.float32),
-        ],
-        grid=(batch * kv_heads * heads, 1),
-    )
+    if not together:
+        out, lse = combine([partial, sums, signs(values)], [parts], results, grid=(batch * kv_heads * heads, 1))
     if value_rounds is None:
         out = values.restore(out)
     return Partial(out.astype(asked), lse)
@@ -207,9 +209,10 @@ def kernels(
     sliding: bool,
     even: bool,
     page: int = 0,
+    cluster: int = 0,
     capability: tuple[int, int] | None = None,
 ) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
-    """Compile `decode` and `combine` for one configuration."""
+    """Compile `decode` and `combine` for one configuration; with a `cluster`, `decode` joins its parts itself."""
     capability = capability or nvrtc.capability() or (9, 0)
     ways = 8
     shape = _shape(dim, heads)
@@ -225,6 +228,7 @@ def kernels(
         "KEY_SCALES": DTYPES[scales[0]],
         "VALUE_SCALES": DTYPES[scales[1]],
         "QUERIES": DTYPES[queries],
+        "OUTPUT": DTYPES[queries],
         "KEY_ROUNDS": rounds[0],
         "VALUE_ROUNDS": rounds[1],
         "SOFT_CAP": int(soft_cap),
@@ -235,13 +239,15 @@ def kernels(
         "STAGES": stages,
         "EVEN": int(even),
         "PAGE": page,
+        "CLUSTER": cluster,
     }
+    together = f"#define TOGETHER {f'__cluster_dims__(1, {cluster}, 1)' if cluster > 1 else ''}"
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
     grids = f"constexpr Book KEY_BOOK = {books[0]}, VALUE_BOOK = {books[1]};"
-    text = source("codes.cuh", numbers, grids, "stages.cuh", "decode.cu")
+    text = source("codes.cuh", numbers, grids, together, "join.cuh", "stages.cuh", "decode.cu")
     return (
         nvrtc.Kernel("decode", text, threads=32 * shape.warps, capability=capability, shared=shared),
-        nvrtc.Kernel("combine", source(numbers, "combine.cu"), threads=32 * ways, capability=capability),
+        nvrtc.Kernel("combine", source(numbers, "join.cuh", "combine.cu"), threads=32 * ways, capability=capability),
     )
 
 
@@ -301,16 +307,25 @@ def _shape(dim: int, heads: int) -> _Shape:
     return _Shape(columns=16, warps=6, blocks=2) if heads > 8 else _Shape(columns=8, warps=8, blocks=2)
 
 
-def _parts(rows: int, slots: int, shape: _Shape) -> int:
-    """Choose into how many parts a row's tokens are split, so that blocks fill the device and its last wave."""
+def _parts(rows: int, slots: int, shape: _Shape, together: int) -> int:
+    """Choose into how many parts a row's tokens are split, by what the slowest multiprocessor has to do.
+
+    The unit is the time of a tile. A block starts and ends in about two of them, and so does `combine`, which more parts
+    than can be joined `together` need.
+    """
     places = shape.blocks * cores()
     most = max(1, min(256, slots // (_TILE * shape.warps)))
 
-    def waste(parts: int) -> float:
-        waves = rows * parts / places
-        return math.ceil(waves) / waves + 0.004 * parts
+    def cost(parts: int) -> float:
+        tiles = math.ceil(slots / (_TILE * shape.warps * parts))
+        return math.ceil(rows * parts / places) * (tiles + 2) + (2 + 0.02 * parts) * (parts > together)
 
-    return min(range(1, most + 1), key=waste)
+    return min(range(1, most + 1), key=cost)
+
+
+def most_together() -> int:
+    """Give how many parts of a row one launch can join: blocks wait for each other from compute capability 9.0 on."""
+    return 8 if (nvrtc.capability() or (9, 0)) >= (9, 0) else 1
 
 
 def cores() -> int:

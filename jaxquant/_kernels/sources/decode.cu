@@ -11,9 +11,10 @@
 // scales enter them times a power of two that keeps them well inside a half.
 //
 // Compiled with: D, HEADS (that share a kv head), KEY_BITS, VALUE_BITS, KEY_BOOK, VALUE_BOOK, KEY_SCALES, VALUE_SCALES,
-// QUERIES (0 float, 1 bfloat16, 2 half), KEY_ROUNDS, SOFT_CAP, SLIDING (0 or 1), WARPS, BLOCKS (per multiprocessor),
+// QUERIES (0 float, 1 bfloat16, 2 half), OUTPUT, KEY_ROUNDS, VALUE_ROUNDS, SOFT_CAP, SLIDING (0 or 1), WARPS, BLOCKS (per multiprocessor),
 // STAGES (tiles of a warp in shared memory), EVEN (1 where slots are a multiple of 8), PAGE (tokens of a page, a multiple
-// of 32, or 0 where a row's tokens are neighbours).
+// of 32, or 0 where a row's tokens are neighbours), CLUSTER (parts of a row that are joined here, as blocks that can wait for each
+// other, or 0 where `combine` does it).
 
 constexpr int COLUMNS = HEADS > 8 && D <= 128 ? 16 : 8;
 constexpr int SIDES = COLUMNS / 8;               // products of values
@@ -42,13 +43,14 @@ typedef ScoreOf<KEY_BOOK>::type Score;
 
 DEVICE int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
 
-KERNEL(THREADS, BLOCKS) decode(
+KERNEL(THREADS, BLOCKS) TOGETHER decode(
     const void* __restrict__ q, const int* __restrict__ layer, const int* __restrict__ index,
     const int* __restrict__ length, const int* __restrict__ exact_from, const float* __restrict__ scale, const float* __restrict__ soft_cap,
     const int* __restrict__ sliding, const int* __restrict__ table, const u8* __restrict__ key_codes, const u8* __restrict__ key_scales,
     const float* __restrict__ key_levels, const signed char* __restrict__ key_signs,
     const u8* __restrict__ value_codes, const u8* __restrict__ value_scales, const float* __restrict__ value_levels,
-    float* __restrict__ out, float* __restrict__ sums, int layers, int batch, int kv_heads, int slots, int sinks,
+    const signed char* __restrict__ value_signs, float* __restrict__ parts, float* __restrict__ sums,
+    void* __restrict__ out, float* __restrict__ lse, int layers, int batch, int kv_heads, int slots, int sinks,
     int window, int all_layers) {
     ARENA u8 arena[];
     constexpr int PITCH = D + 8, OUT_PITCH = D + 1;  // against bank conflicts
@@ -375,7 +377,19 @@ KERNEL(THREADS, BLOCKS) decode(
             sum += decay * warp_total[w][head];
         }
         const long long place = (base + head) * blocks_y() + part;
-        out[place * D + c] = x;
+        parts[place * D + c] = x;
         if (c == 0) sums[2 * place] = top, sums[2 * place + 1] = sum;
+    }
+    if constexpr (CLUSTER > 0) {
+        if constexpr (CLUSTER > 1)
+            sync_cluster();
+        else
+            sync();
+        for (int head = part + CLUSTER * warp; head < heads; head += CLUSTER * WARPS) {
+            const long long place = (base + head) * CLUSTER;
+            float x[SHARE], top, sum;
+            weigh(parts + place * D, sums + 2 * place, CLUSTER, 0, 1, lane, x, top, sum);
+            finish(x, top, sum, value_signs, out, lse, base + head, lane);
+        }
     }
 }
