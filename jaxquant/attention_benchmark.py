@@ -1,7 +1,7 @@
 """How fast decode attention over codes is, beside attention over bfloat16 and the memory's read bandwidth in one run.
 
 Every time is the median of several runs of one jitted loop, in which each call's queries depend on the result of the
-call before, divided by the number of calls: dispatch from Python does not count. Loops walk over several layers until
+call before, divided by the number of calls: dispatch from Python does not count. A step of a loop is several layers, until
 these exceed any cache of the processor, as a model's decode step does.
 """
 
@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array
 
 from jaxquant import _attention_peers, _stacks, _stopwatch, attention, cache, packing
@@ -189,11 +188,10 @@ def _compressed(shape: Shape, bits: tuple[int, int], implementation: str) -> flo
     held = filled(shape, bits, layers=layers)
 
     def step(q: Array, held: _stacks.KVCache) -> Array:
-        def body(layer: Array, q: Array) -> Array:
+        for layer in range(layers):  # as the peers do, and as decoders are traced: XLA makes graphs of launches
             out, _ = attention.decode_attention(q, held, layer, implementation=implementation)  # pyright: ignore
-            return _stopwatch.chained(q, out)
-
-        return lax.fori_loop(0, layers, body, q)
+            q = _stopwatch.chained(q, out)
+        return q
 
     queries = jax.random.normal(jax.random.key(1), (shape.batch, shape.heads, shape.dim), jnp.bfloat16)
     return _stopwatch.median(step, queries, held) / layers

@@ -15,7 +15,7 @@ RELEASE = "13.0"  # of both compilers, that the numbers here are of; `pyproject.
 H200, A100 = (9, 0), (8, 0)
 BOOKS = {2: "UNIFORM", 3: "ANY", 4: "SYMMETRIC", 8: "TABLE"}
 
-# Registers and instructions on 2026-11-23, by bits of keys and values, query heads of a kv head, and capability.
+# Registers and instructions on 2026-11-28, by bits of keys and values, query heads of a kv head, and capability.
 DECODE = {
     (4, 4, 4, H200): (118, 2080),
     (4, 2, 4, H200): (106, 1944),
@@ -35,10 +35,10 @@ DECODE = {
     (3, 3, 8, A100): (128, 2456),
 }
 ENCODE = {  # by bits
-    (4, H200): (168, 3472),
-    (2, H200): (168, 3496),
-    (3, H200): (168, 3680),
-    (4, A100): (168, 3096),
+    (4, H200): (168, 3704),
+    (2, H200): (168, 3720),
+    (3, H200): (168, 3896),
+    (4, A100): (168, 3288),
 }
 SPILLED = {(4, 4, 8, H200): 20, (4, 4, 8, A100): 20}  # bytes stored and loaded; nothing elsewhere
 
@@ -102,8 +102,11 @@ def instructions(elf: bytes, name: str) -> int:
     return length // 16
 
 
+CLUSTERED = (120, 2632)  # K4/V4, 4 heads, 4 parts that are joined
+
+
 def decode(
-    keys: int, values: int, group: int, capability: tuple[int, int], dim: int = 128
+    keys: int, values: int, group: int, capability: tuple[int, int], dim: int = 128, cluster: int = 0
 ) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
     return cuda.kernels(
         dim=dim,
@@ -116,6 +119,7 @@ def decode(
         soft_cap=False,
         sliding=False,
         even=True,
+        cluster=cluster,
         capability=capability,
     )
 
@@ -143,6 +147,12 @@ def check(measured: tuple[int, int, int], usual: tuple[int, int], spill: int = 0
 @pytest.mark.parametrize("config", DECODE, ids=str)
 def test_decode_keeps_its_size(config, ptxas, tmp_path):
     check(measure(decode(*config)[0], ptxas, tmp_path), DECODE[config], SPILLED.get(config, 0))
+
+
+def test_joining_parts_keeps_its_size(ptxas, tmp_path):
+    kernel, _ = decode(4, 4, 4, H200, cluster=4)
+    assert ".reqnctapercluster 1, 4, 1" in kernel.ptx
+    check(measure(kernel, ptxas, tmp_path), CLUSTERED)
 
 
 @pytest.mark.parametrize("config", ENCODE, ids=str)

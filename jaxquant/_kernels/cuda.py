@@ -26,6 +26,7 @@ from jaxquant.rotations import Hadamard, Identity
 _TILE = 32
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _DIMS = (64, 80, 96, 128, 256)
+_MOST_STAGES = 3
 _SHARED = 218 * 1024  # bytes of a multiprocessor's shared memory that its blocks share
 
 
@@ -218,7 +219,7 @@ def kernels(
     shape = _shape(dim, heads)
     stage = _TILE * (dim * sum(bits) // 8 + sum(4 if scale == "float32" else 2 for scale in scales))
     room = _SHARED // shape.blocks - 2 * shape.columns * (dim + 8) - 2048
-    stages = max(2, min(3, room // (shape.warps * stage)))
+    stages = max(2, min(_MOST_STAGES, room // (shape.warps * stage)))
     shared = shape.warps * max(stages * stage, 4 * shape.columns * (dim + 1))
     constants = {
         "D": dim,

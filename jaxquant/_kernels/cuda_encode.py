@@ -104,4 +104,6 @@ def kernel(
     }
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
     text = cuda.source("codes.cuh", numbers, f"constexpr Book BOOK = {book};", "encode.cu")
-    return nvrtc.Kernel("encode", text, threads=32 * _WARPS, capability=capability or nvrtc.capability() or (9, 0))
+    staged = 2 * 16 * _WARPS * (2 * dim + 64) if given == "bfloat16" and rounds else 0
+    capability = capability or nvrtc.capability() or (9, 0)
+    return nvrtc.Kernel("encode", text, threads=32 * _WARPS, capability=capability, shared=staged)

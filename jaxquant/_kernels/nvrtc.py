@@ -1,8 +1,7 @@
 """Compile CUDA C++ to PTX with the NVRTC that comes with JAX's CUDA plugin, and launch it from a jitted function.
 
-XLA launches it as it launches its own kernels, CUDA graphs included: the custom call `__gpu$xla.gpu.ptx` has the driver
-assemble PTX and passes the addresses of operands and results, and nothing else: integers are written into the PTX. The
-call is XLA's own, not a public interface; jaxlib has it in this form from 0.10.2 on.
+The launcher is the one that jaxlib brings along for Triton kernels: it takes any PTX, assembles it once a device,
+passes the operands' and results' addresses and then the 32-bit integers, and works in CUDA graphs.
 """
 
 import ctypes
@@ -11,7 +10,7 @@ import functools
 import glob
 import importlib.util
 import os
-import re
+import zlib
 from collections.abc import Sequence
 
 import jax
@@ -34,36 +33,20 @@ class Kernel:
         aliases: dict[int, int] | None = None,
     ) -> list[jax.Array]:
         """Run it over `grid` blocks; `aliases` maps operands to the results that share their buffers."""
-        sizes = {"grid_x": grid[0], "grid_y": grid[1], "grid_z": 1, "block_x": self.threads, "block_y": 1}
-        sizes |= {"block_z": 1, "shared_mem_bytes": self.shared}
-        numbers = ", ".join(f"{name} = {value} : i32" for name, value in sizes.items())
-        run = jax.ffi.ffi_call(
-            "__gpu$xla.gpu.ptx",
-            list(results),
-            vmap_method=None,
-            input_output_aliases=aliases or {},
-            custom_call_api_version=2,
-            legacy_backend_config=(
-                f'{{name = "{self.name}", kernel_type = "ptx", kernel_data = "{_escaped(self._with(integers))}", {numbers}}}'
-            ),
+        from jaxlib import gpu_triton  # only there with a GPU plugin
+
+        major, minor = self.capability
+        kernel = gpu_triton.TritonKernel(
+            self.name, self.threads // 32, 1, self.shared, self.ptx, "", 10 * major + minor
         )
-        return list(run(*operands))
-
-    def _with(self, integers: Sequence[int]) -> str:
-        """Give the PTX without its last parameters, which become constants."""
-        ptx = self.ptx
-        first = len(re.findall(rf"\.param \S+ {self.name}_param_\d+,?\n", ptx)) - len(integers)
-        for i, value in enumerate(integers):
-            name = f"{self.name}_param_{first + i}"
-            ptx = re.sub(rf",?\s*\.param \.u32 {name}(?=[,\s])", "", ptx, count=1)
-            ptx = re.sub(rf"ld\.param\.u32(\s+%r\d+), \[{name}\];", rf"mov.u32\1, {value};", ptx)
-            assert name not in ptx, name
-        return ptx
-
-
-def _escaped(text: str) -> str:
-    """Write text as the inside of a string of MLIR."""
-    return re.sub(r'[^ !#-\[\]-~]', lambda found: f"\\{ord(found[0]):02X}", text)
+        parameters = [gpu_triton.create_array_parameter(0, 16) for _ in (*operands, *results)]
+        parameters += [gpu_triton.create_scalar_parameter(int(value), "i32") for value in integers]
+        call = gpu_triton.TritonKernelCall(kernel, *grid, 1, parameters)
+        opaque = zlib.compress(call.to_proto(self.name, b""))
+        run = jax.ffi.ffi_call(
+            "triton_kernel_call_ffi", list(results), vmap_method=None, input_output_aliases=aliases or {}
+        )
+        return list(run(*operands, opaque=opaque))
 
 
 def capability() -> tuple[int, int] | None:
@@ -96,19 +79,9 @@ def compile_ptx(source: str, capability: tuple[int, int]) -> str:
         status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         if status:
             raise RuntimeError(f"NVRTC refused a kernel: {_text(nvrtc, program, 'ProgramLog')}")
-        ptx = _text(nvrtc, program, "PTX")
-        return _for_older_drivers(ptx) if capability < (10, 0) else ptx
+        return _text(nvrtc, program, "PTX")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-def _for_older_drivers(ptx: str) -> str:
-    """Lower the version of PTX, since a driver assembles none newer than itself, and leave out hints of newer ones."""
-    return re.sub(r"\.version \S+|\.pragma \"used_bytes_mask [^\n]*", _lowered, ptx)
-
-
-def _lowered(found: re.Match[str]) -> str:
-    return ".version 7.8" if found[0].startswith(".version") else ""
 
 
 def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:

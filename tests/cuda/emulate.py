@@ -63,7 +63,9 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 @contextlib.contextmanager
-def installed(*, cores: int = 132, together: int = 8, replace: tuple[str, str] | None = None, swap: dict[int, int] | None = None):
+def installed(
+    *, cores: int = 132, together: int = 8, replace: tuple[str, str] | None = None, swap: dict[int, int] | None = None
+):
     """Let "cuda" run here.
 
     Args:

@@ -87,7 +87,7 @@ static void prepare(Block& made, int x, int y, int threads) {
 // Run a block until its threads are done or wait for its cluster. Shared memory holds nothing of the block before.
 static void run_block(Block& one) {
     block = &one;
-    memset(arena, 0xff, sizeof arena);
+    memset(arena, 0x3f, sizeof arena);  // numbers like any other
     for (bool running = true; running;) {
         running = false;
         for (current = 0; current < (int)one.fibres.size(); current++) {
