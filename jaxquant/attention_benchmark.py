@@ -1,8 +1,8 @@
 """How fast decode attention over codes is, beside attention over bfloat16 and the memory's read bandwidth in one run.
 
 Every time is the median of several runs of one jitted loop, in which each call's queries depend on the result of the
-call before, divided by the number of calls: dispatch from Python does not count. A step of a loop is several layers, until
-these exceed any cache of the processor, as a model's decode step does.
+call before, divided by the number of calls: dispatch from Python does not count. A step of a loop is several layers,
+until these exceed any cache of the processor, as a model's decode step does.
 """
 
 import dataclasses

@@ -83,6 +83,7 @@ GROWING = Case(
     group=12,
 )
 PARTS = Case(capacity=1300, lengths=(1300, 500), values="2 uniform", together=1)
+HEADS = Case(capacity=530, lengths=(530, 2), group=16)
 CLUSTER = Case(capacity=1300, lengths=(1300, 500), group=8, values="2 uniform", q="bfloat16")
 ROUNDS = Case(rotation="hadamard 3", group=8, q="float16")
 SPECIAL = [
@@ -214,7 +215,7 @@ MUTANTS = {
     "parts of the total": ("total += totals[w];", "", PARTS),
     "blocks do not wait for blocks": ("            sync_cluster();", "            sync();", CLUSTER),
     "one part of a cluster": ("sums + 2 * place, CLUSTER, 0, 1,", "sums + 2 * place, 1, 0, 1,", CLUSTER),
-    "heads of other warps": ("head += CLUSTER * WARPS", "head += heads", CLUSTER._replace(group=16, capacity=530, lengths=(530, 2))),
+    "heads of other warps": ("head += CLUSTER * WARPS", "head += heads", HEADS),
     "rotated back by another's signs": ("x, top, sum, value_signs, out", "x, top, sum, key_signs, out", CLUSTER),
 }  # fmt: skip
 

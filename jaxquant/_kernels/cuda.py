@@ -311,8 +311,8 @@ def _shape(dim: int, heads: int) -> _Shape:
 def _parts(rows: int, slots: int, shape: _Shape, together: int) -> int:
     """Choose into how many parts a row's tokens are split, by what the slowest multiprocessor has to do.
 
-    The unit is the time of a tile. A block starts and ends in about two of them, and so does `combine`, which more parts
-    than can be joined `together` need.
+    The unit is the time of a tile. A block starts and ends in about two of them, and so does `combine`, which parts need
+    that cannot be joined `together`.
     """
     places = shape.blocks * cores()
     most = max(1, min(256, slots // (_TILE * shape.warps)))
