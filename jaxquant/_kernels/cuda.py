@@ -21,8 +21,10 @@ from jaxquant._stacks import Index, Stack
 from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import PerLayer, Quantized, Scalar
 from jaxquant.rotations import Hadamard, Identity
+from jaxquant.trellis import Trellis
 
 _TILE = 32
+RULES = {"norm": 0, "preserve": 1, "unbiased": 2, "least_squares": 3}
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _DIMS = (64, 80, 96, 128, 256)
 _SHARED = 218 * 1024  # bytes of a multiprocessor's shared memory that its blocks share
@@ -238,7 +240,7 @@ def kernels(
     }
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
     grids = f"constexpr Book KEY_BOOK = {books[0]}, VALUE_BOOK = {books[1]};"
-    text = source("codes.cuh", numbers, grids, "stages.cuh", "decode.cu")
+    text = source("words.cuh", "codes.cuh", numbers, grids, "stages.cuh", "decode.cu")
     return (
         nvrtc.Kernel("decode", text, threads=32 * shape.warps, capability=capability, shared=shared),
         nvrtc.Kernel("combine", source(numbers, "combine.cu"), threads=32 * ways, capability=capability),
@@ -271,7 +273,7 @@ def book(quantizer: Scalar) -> str | None:
     return None
 
 
-def rounds(quantizer: Scalar) -> int | None:
+def rounds(quantizer: Scalar | Trellis) -> int | None:
     """Give the rounds of a rotation the kernels can do themselves, or None."""
     rotation: Any = quantizer.rotation
     if isinstance(rotation, Identity):
@@ -281,7 +283,7 @@ def rounds(quantizer: Scalar) -> int | None:
     return None
 
 
-def signs(quantizer: Scalar) -> Array:
+def signs(quantizer: Scalar | Trellis) -> Array:
     """Give the signs of a rotation of which `rounds` is not 0."""
     rotation: Any = quantizer.rotation
     return rotation.signs if rounds(quantizer) else jnp.zeros((1, 1), jnp.int8)
