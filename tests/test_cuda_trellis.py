@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from cuda import caches, emulate
 
-from jaxquant import cache, quantizers, rotations, trellis
-from jaxquant._kernels import cuda_encode
+from jaxquant import cache, quantizers, trellis
 from jaxquant._stacks import KVCache
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")

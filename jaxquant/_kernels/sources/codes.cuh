@@ -8,8 +8,9 @@
 //              4 too large, which the query (or output) makes good;
 //   SYMMETRIC  4 bits, codes of sign and magnitude, odd integers: a byte permutation looks magnitudes up;
 //   ANY        2, 3, 4 bits: byte permutations look up bytes, level = (byte - offset) * step;
-//   TABLE      8 bits: halves in shared memory.
-enum Book { UNIFORM, SYMMETRIC, ANY, TABLE };
+//   TABLE      8 bits: halves in shared memory;
+//   TRELLIS    see windows.cuh.
+enum Book { UNIFORM, SYMMETRIC, ANY, TABLE, TRELLIS };
 
 DEVICE constexpr bool has_offset(Book book) { return book == UNIFORM || book == ANY; }
 
