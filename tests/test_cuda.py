@@ -111,7 +111,30 @@ SPECIAL = [
     ),
     Case(keys="4", values="4", dim=80, capacity=1050, lengths=(1049, 64), cores=1, sliding=1000, group=1),
 ]
-CASES = [*GRID, *SPECIAL]
+RINGS = Case(keys="2 trellis 64", values="2 trellis 64", capacity=97, lengths=(97, 33))
+APART = Case(keys="2 trellis 64 other", values="2 trellis 64", sinks=3, window=20, lengths=(150, 22))
+TRELLISES = [
+    RINGS,
+    APART,
+    Case(keys="2 trellis 64", values="2 trellis 64", dim=64, group=16, q="bfloat16", rotation="hadamard 3", cores=1),
+    Case(keys="2 trellis 64", values="2 trellis 64", dim=256, group=3, rotation="haar", scales=("float32", "bfloat16")),
+    Case(keys="2 trellis 16", values="1 trellis 256", group=8, q="float16", cap=20.0, sliding=40),
+    Case(keys="1 trellis 16", values="2 trellis 32", group=1, window=24, cropped=60, lengths=(50, 33)),
+    Case(keys="1 trellis 64", values="1 trellis 64", dim=256, group=12, rotation="identity", layer=0),
+    Case(
+        keys="4",
+        values="2 trellis 64",
+        group=5,
+        capacity=901,
+        lengths=(900, 513),
+        cores=1,
+        growth=(1.0, 1e4),
+        scales=("float16", "bfloat16"),
+    ),
+    Case(keys="2 trellis 64", values="2 uniform", group=9, layer=2, exact_layers=(0,)),
+    Case(keys="2 trellis 32", values="3", dim=64, capacity=640, lengths=(640, 500), sizes=(1e2, 1e-2)),
+]
+CASES = [*GRID, *SPECIAL, *TRELLISES]
 
 
 def filled(case: Case) -> KVCache:

@@ -22,12 +22,15 @@ from jaxquant._stacks import Index, Stack
 from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import PerLayer, Quantized, Scalar
 from jaxquant.rotations import Hadamard, Identity
+from jaxquant.trellis import Trellis
 
 _TILE = 32
+RULES = {"norm": 0, "preserve": 1, "unbiased": 2, "least_squares": 3}
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _DIMS = (64, 80, 96, 128, 256)
 _MOST_STAGES = 3
 _SHARED = 218 * 1024  # bytes of a multiprocessor's shared memory that its blocks share
+_WINDOW = 10  # bits that decide two coordinates of a trellis code: a table in shared memory has 128 bytes for each
 
 
 def unsupported(stack: Stack, heads: int, rule: Rule, spread: Spread | None = None) -> str | None:
@@ -56,6 +59,8 @@ def unsupported(stack: Stack, heads: int, rule: Rule, spread: Spread | None = No
 
 def unreadable(quantizer: Quantizer | PerLayer) -> str | None:
     """Say why codes of a quantizer cannot be read by these kernels, or return None where they can."""
+    if isinstance(quantizer, Trellis):
+        return _unreadable_trellis(quantizer)
     if not isinstance(quantizer, Scalar):
         return f"are held by {type(quantizer).__name__}, not by quantizers.Scalar"
     if book(quantizer) is None:
@@ -64,6 +69,21 @@ def unreadable(quantizer: Quantizer | PerLayer) -> str | None:
         return f"have {quantizer.codebook.centroids.shape[-1]} levels, not {2**quantizer.bits}"
     if quantizer.dim not in _DIMS:
         return f"have dim {quantizer.dim}, not one of {', '.join(map(str, _DIMS))}"
+    return None
+
+
+def _unreadable_trellis(quantizer: Trellis) -> str | None:
+    code = quantizer.code
+    if code.kind != "table":
+        return f"have trellis codes of kind {code.kind}, not table"
+    if len(code.tables) > 1 or len(code.tables[0]) > 1:
+        return f"have trellis codes with {sum(map(len, code.tables))} tables, more than one"
+    if code.widths[0] > 2:
+        return f"have trellis codes of {code.widths[0]} bits, more than 2"
+    if code.dim not in (64, 128, 256)[code.widths[0] == 1 :]:
+        return f"have trellis codes of dim {code.dim}, not a power of two from {128 // code.widths[0]} to 256"
+    if pair_window(quantizer) > _WINDOW:
+        return f"have a trellis of {code.states} states, more than {1 << _WINDOW - 2 * code.widths[0]}"
     return None
 
 
@@ -123,8 +143,8 @@ def attend(
 ) -> Partial:
     """Attend to keys and values in stacked buffers or, given a `table`, in pages [pages, kv_heads, page, ...]."""
     keys, values = quantizers
-    assert isinstance(keys, Scalar)
-    assert isinstance(values, Scalar)
+    assert isinstance(keys, Scalar | Trellis)
+    assert isinstance(values, Scalar | Trellis)
     batch = q.shape[0]
     if table is None:
         layers, _, kv_heads, slots = codes[0].codes.shape[:4]
@@ -142,14 +162,15 @@ def attend(
     if value_rounds is None:
         dtype = "float32"
         q = q.astype(dtype)
-    shape = _shape(dim, heads)
+    windows = pair_window(keys), pair_window(values)
+    shape = _shape(dim, heads, trellis=any(windows))
     passes = -(-heads // shape.columns)
     parts = _parts(batch * kv_heads * passes, slots, shape, most_together())
     together = parts <= most_together()
     decode, combine = kernels(
         dim=dim,
         heads=heads,
-        bits=(keys.bits, values.bits),
+        bits=(width(keys), width(values)),
         books=(str(book(keys)), str(book(values))),
         scales=(keys.scale_dtype, values.scale_dtype),
         queries=dtype,
@@ -159,6 +180,7 @@ def attend(
         even=slots % 8 == 0,
         page=page,
         cluster=parts if together else 0,
+        windows=windows,
     )
     nothing = jnp.zeros((), jnp.float32)
     results = [
@@ -211,16 +233,18 @@ def kernels(
     even: bool,
     page: int = 0,
     cluster: int = 0,
+    windows: tuple[int, int] = (0, 0),
     capability: tuple[int, int] | None = None,
 ) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
     """Compile `decode` and `combine` for one configuration; with a `cluster`, `decode` joins its parts itself."""
     capability = capability or nvrtc.capability() or (9, 0)
     ways = 8
-    shape = _shape(dim, heads)
+    shape = _shape(dim, heads, trellis=any(windows))
+    table = 128 << max(windows) if any(windows) else 0
     stage = _TILE * (dim * sum(bits) // 8 + sum(4 if scale == "float32" else 2 for scale in scales))
-    room = _SHARED // shape.blocks - 2 * shape.columns * (dim + 8) - 2048
+    room = _SHARED // shape.blocks - table - (4 if windows[0] else 2) * shape.columns * (dim + 8) - 2048
     stages = max(2, min(_MOST_STAGES, room // (shape.warps * stage)))
-    shared = shape.warps * max(stages * stage, 4 * shape.columns * (dim + 1))
+    shared = max(table + shape.warps * stages * stage, 4 * shape.warps * shape.columns * (dim + 1))
     constants = {
         "D": dim,
         "HEADS": heads,
@@ -238,6 +262,8 @@ def kernels(
         "BLOCKS": shape.blocks,
         "WAYS": ways,
         "STAGES": stages,
+        "KEY_WINDOW": windows[0],
+        "VALUE_WINDOW": windows[1],
         "EVEN": int(even),
         "PAGE": page,
         "CLUSTER": cluster,
@@ -245,7 +271,8 @@ def kernels(
     together = f"#define TOGETHER {f'__cluster_dims__(1, {cluster}, 1)' if cluster > 1 else ''}"
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
     grids = f"constexpr Book KEY_BOOK = {books[0]}, VALUE_BOOK = {books[1]};"
-    text = source("codes.cuh", numbers, grids, together, "join.cuh", "stages.cuh", "decode.cu")
+    parts = "words.cuh", "codes.cuh", numbers, grids, together, "join.cuh", "windows.cuh", "stages.cuh", "decode.cu"
+    text = source(*parts)
     return (
         nvrtc.Kernel("decode", text, threads=32 * shape.warps, capability=capability, shared=shared),
         nvrtc.Kernel("combine", source(numbers, "join.cuh", "combine.cu"), threads=32 * ways, capability=capability),
@@ -259,13 +286,26 @@ def source(*parts: str) -> str:
     return "\n".join((folder / part).read_text() if part.endswith((".cu", ".cuh")) else part for part in files)
 
 
-def _operands(code: Quantized, quantizer: Scalar) -> list[Array]:
+def _operands(code: Quantized, quantizer: Scalar | Trellis) -> list[Array]:
     assert code.scales is not None
-    return [code.codes, code.scales, quantizer.codebook.centroids]
+    levels = quantizer.code.tables[0][0] if isinstance(quantizer, Trellis) else quantizer.codebook.centroids
+    return [code.codes, code.scales, levels]
 
 
-def book(quantizer: Scalar) -> str | None:
+def width(quantizer: Scalar | Trellis) -> int:
+    """Give the bits of a coordinate."""
+    return quantizer.code.widths[0] if isinstance(quantizer, Trellis) else quantizer.bits
+
+
+def pair_window(quantizer: Scalar | Trellis) -> int:
+    """Give the bits that decide two neighbouring coordinates of a trellis code, and 0 for scalar codes."""
+    return quantizer.code.memory + 2 * width(quantizer) if isinstance(quantizer, Trellis) else 0
+
+
+def book(quantizer: Scalar | Trellis) -> str | None:
     """Give the kernels' name of a codebook (`sources/codes.cuh`), or None where they have none."""
+    if isinstance(quantizer, Trellis):
+        return "TRELLIS"
     match quantizer.bits, quantizer.codebook.grid:
         case 2, "uniform":
             return "UNIFORM"
@@ -278,7 +318,7 @@ def book(quantizer: Scalar) -> str | None:
     return None
 
 
-def rounds(quantizer: Scalar) -> int | None:
+def rounds(quantizer: Scalar | Trellis) -> int | None:
     """Give the rounds of a rotation the kernels can do themselves, or None."""
     rotation: Any = quantizer.rotation
     if isinstance(rotation, Identity):
@@ -288,7 +328,7 @@ def rounds(quantizer: Scalar) -> int | None:
     return None
 
 
-def signs(quantizer: Scalar) -> Array:
+def signs(quantizer: Scalar | Trellis) -> Array:
     """Give the signs of a rotation of which `rounds` is not 0."""
     rotation: Any = quantizer.rotation
     return rotation.signs if rounds(quantizer) else jnp.zeros((1, 1), jnp.int8)
@@ -302,7 +342,11 @@ class _Shape(NamedTuple):
     blocks: int
 
 
-def _shape(dim: int, heads: int) -> _Shape:
+def _shape(dim: int, heads: int, *, trellis: bool = False) -> _Shape:
+    if trellis:  # a multiprocessor has room for one table
+        return _Shape(
+            16 if heads > 8 and dim < 256 else 8, 8 if heads > 8 or dim == 256 else 16 if heads <= 4 else 12, 1
+        )
     if dim == 256:
         return _Shape(columns=8, warps=4, blocks=2)
     return _Shape(columns=16, warps=6, blocks=2) if heads > 8 else _Shape(columns=8, warps=8, blocks=2)
@@ -311,8 +355,8 @@ def _shape(dim: int, heads: int) -> _Shape:
 def _parts(rows: int, slots: int, shape: _Shape, together: int) -> int:
     """Choose into how many parts a row's tokens are split, by what the slowest multiprocessor has to do.
 
-    The unit is the time of a tile. A block starts and ends in about two of them, and so does `combine`, which parts need
-    that cannot be joined `together`.
+    The unit is the time of a tile. A block starts and ends in about two of them, and so does `combine`, which parts
+    that cannot be joined `together` need.
     """
     places = shape.blocks * cores()
     most = max(1, min(256, slots // (_TILE * shape.warps)))

@@ -37,7 +37,12 @@ def main() -> None:
 
     calls = {"cudnn": (cudnn, (k, k[:, ::-1]))}
     for bits in arguments.bits.split(","):
-        calls[bits] = packed, attention_benchmark.filled(shape, attention_benchmark.widths(bits), layers=1)
+        calls[bits] = (
+            packed,
+            attention_benchmark.filled(
+                shape, attention_benchmark.scalars(attention_benchmark.widths(bits), shape.dim), layers=1
+            ),
+        )
     for name, (attend, held) in calls.items():
 
         def step(q, held, attend=attend):

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxquant import _attention, cache
-from jaxquant._kernels import cuda, cuda_encode, nvrtc
+from jaxquant._kernels import cuda, cuda_encode, cuda_trellis, nvrtc
 
 _HEADER = pathlib.Path(__file__).with_name("warp.h")
 
@@ -84,7 +84,7 @@ def installed(
         return text
 
     def forget() -> None:
-        for made in (cuda.kernels, cuda_encode.kernel):
+        for made in (cuda.kernels, cuda_encode.kernel, cuda_trellis.kernel):
             made.cache_clear()
         traced: Any = (_attention.decode, cache._append)
         for function in traced:

@@ -196,6 +196,8 @@ DEVICE u32 permute(u32 a, u32 b, u32 selector) {
     return x;
 }
 
+DEVICE u32 funnel(u32 low, u32 high, int shift) { return (u32)(((u64)high << 32 | low) >> shift); }
+
 DEVICE float bits_to_float(u32 x) {
     float y;
     memcpy(&y, &x, 4);

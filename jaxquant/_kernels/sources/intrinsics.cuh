@@ -56,6 +56,9 @@ DEVICE u32 permute(u32 a, u32 b, u32 selector) {
     return x;
 }
 
+// The lower half of high:low >> shift.
+DEVICE u32 funnel(u32 low, u32 high, int shift) { return __funnelshift_r(low, high, shift); }
+
 // c[16 x 8] += a[16 x 16] b[16 x 8], in the fragment layouts of mma.m16n8k16.
 DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
