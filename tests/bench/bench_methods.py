@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--keys", type=int, default=8, help="pass keys of a row")
     parser.add_argument("--calibration-rows", type=int, default=4)
+    parser.add_argument("--sinks", type=int, default=0, help="first tokens of a row that stay exact")
+    parser.add_argument("--window", type=int, default=0, help="newest tokens of a row that stay exact")
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--also", nargs="+", default=[], help="modules outside of jaxquant.methods")
     parser.add_argument("--out", type=Path, help="folder of rows, read first; each is written when it is measured")
@@ -79,6 +81,7 @@ def main() -> None:
     name = (
         f"{'built-in model' if options.model is None else options.model.name}, {options.rows} x {options.seq_len:,} "
         "tokens of text and as many with pass keys"
+        + (f", {options.sinks} sinks and a window of {options.window} exact" if options.sinks or options.window else "")
     )
     text, mine, rows = Text(options), workers.Work(options), []
     work = settings(options, text)
@@ -218,7 +221,8 @@ class Text:
         """Measure what a cache does to predictions, and its bytes."""
         model, (tokens, answers, _) = self.model, self.parts
         capacity = tokens.shape[1] - 1
-        cache = trial.Trial(model=model, compression=built, sinks=0, window=0, setting="").cache(len(tokens), capacity)
+        kept = {"sinks": self.options.sinks, "window": self.options.window}
+        cache = trial.Trial(model=model, compression=built, **kept, setting="").cache(len(tokens), capacity)
         held = cache.bytes_per_token
         following = np.split(tokens[:, 1:], range(CHUNK, capacity, CHUNK), axis=1)
         parts = [
