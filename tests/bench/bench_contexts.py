@@ -1,4 +1,4 @@
-"""The longest row that `jaxquant plan` predicts for Llama-3.1-8B's shapes on one device, allocated for real and decoded.
+"""The longest row that `jaxquant plan` predicts for Llama-3.1-8B's shapes on one device, allocated and decoded.
 
     python tests/bench/bench_contexts.py [--hbm 141] [--json FILE]
 
@@ -22,30 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-POOL, MORE = 0.94, 1.04
-
-
-def gpu_memory() -> tuple[int, int] | None:
-    """Give the total and the free bytes of the first GPU, without starting JAX."""
-    command = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-    total, free = (int(number) * 2**20 for number in line.split(","))
-    return total, free
-
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--hbm", type=float, help="memory to plan for, in GB; default: what the GPU has")
-parser.add_argument("--seconds", type=float, default=150.0, help="after which no kind begins")
-parser.add_argument("--json", type=Path)
-arguments = parser.parse_args()
-found = gpu_memory()
-MEMORY = arguments.hbm * 1e9 if arguments.hbm else found[0] if found else 2e7
-if found:
-    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{POOL * MEMORY / found[1]:.4f}"
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,9 +35,8 @@ from jaxquant.plan_cli import LLAMA_8B
 from jaxquant.quantizers import Exact
 
 GIB = 2**30
-GPU = jax.default_backend() == "gpu"
-SHAPE = architectures.from_config(LLAMA_8B if GPU else LLAMA_8B | {"num_hidden_layers": 2})
-DIM, KV_HEADS = SHAPE.dim, SHAPE.kv_heads
+POOL, MORE = 0.94, 1.04
+DIM, KV_HEADS, HEADS = 128, 8, 32
 # Widths of keys and of values, in turns; with a byte of gain each, 36 bytes a vector of 128 on average.
 WIDTHS: list[tuple[Widths, Widths]] = [
     (((4, 32), (3, 32), (2, 32), (1, 32)), ((2, 112), (1, 16))),
@@ -69,6 +44,17 @@ WIDTHS: list[tuple[Widths, Widths]] = [
 ]
 # Largest relative error of a value that a code may leave: some way above the error of such codes of normal vectors.
 LOST = {"bf16": 0.01, "fp8": 0.1, "K4V4": 0.2, "K4V2": 0.55, "K2V2": 0.55, "calibrated 2.25": 0.7}
+
+
+def gpu_memory() -> tuple[int, int] | None:
+    """Give the total and the free bytes of the first GPU, without starting JAX."""
+    command = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+    total, free = (int(number) * 2**20 for number in line.split(","))
+    return total, free
 
 
 def calibrated(widths: Widths, seed: int) -> Mixed:
@@ -87,32 +73,33 @@ def calibrated(widths: Widths, seed: int) -> Mixed:
     )
 
 
-def kinds() -> dict[str, tuple[Any, Any]]:
+def kinds(layers: int) -> dict[str, tuple[Any, Any]]:
     """Give the quantizers of keys and values of every kind of cache."""
     key = jax.random.key(0)
     exact = Exact(dim=DIM)
     found: dict[str, tuple[Any, Any]] = {"bf16": (exact, exact), "fp8": fp8.kv(key, dim=DIM, bits_k=8, bits_v=8)}
     for bits_k, bits_v in ((4, 4), (4, 2), (2, 2)):
         found[f"K{bits_k}V{bits_v}"] = turboquant.kv(key, dim=DIM, bits_k=bits_k, bits_v=bits_v)
-    each = [WIDTHS[i % 2] for i in range(SHAPE.layers)]
+    each = [WIDTHS[i % 2] for i in range(layers)]
     keys, values = ([calibrated(pair[j], 2 * i + j) for i, pair in enumerate(each)] for j in range(2))
     return found | {"calibrated 2.25": (keys, values)}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def step(held: cache.KVCache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[cache.KVCache, jax.Array]:
-    held = cache.append(held, SHAPE.layers - 1, k, v)
-    return held, attention.decode_attention(q, held, SHAPE.layers - 1)[0]
+    """Append a token to the last layer, and attend to it."""
+    held = cache.append(held, -1, k, v)
+    return held, attention.decode_attention(q, held, -1)[0]
 
 
-def allocate(pair: tuple[Any, Any], tokens: int) -> dict[str, Any]:
+def allocate(pair: tuple[Any, Any], layers: int, tokens: int) -> dict[str, Any]:
     """Make a cache that is full but for one token, append that one, and attend to it."""
-    sizes = {"layers": SHAPE.layers, "batch": 1, "kv_heads": KV_HEADS, "capacity": tokens}
+    sizes = {"layers": layers, "batch": 1, "kv_heads": KV_HEADS, "capacity": tokens}
     held = jax.block_until_ready(cache.init(*pair, **sizes))
     nbytes = held.nbytes
     held = dataclasses.replace(held, length=jnp.full_like(held.length, tokens - 1))
     k, v = (jax.random.normal(jax.random.key(i), (1, 1, KV_HEADS, DIM), jnp.bfloat16) for i in range(2))
-    q = 8 * jnp.repeat(k[:, 0], SHAPE.heads // KV_HEADS, axis=1)
+    q = 8 * jnp.repeat(k[:, 0], HEADS // KV_HEADS, axis=1)
     held, out = jax.block_until_ready(step(held, q, k, v))
     heads = np.asarray(out, np.float32).reshape(KV_HEADS, -1, DIM)
     value = np.asarray(v, np.float32).reshape(KV_HEADS, 1, DIM)
@@ -136,33 +123,48 @@ def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> int:
     """Print a line for each kind of cache."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hbm", type=float, help="memory to plan for, in GB; default: what the GPU has")
+    parser.add_argument("--seconds", type=float, default=150.0, help="after which no kind begins")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
     began = time.perf_counter()
-    weights = plan.weights(SHAPE) if GPU else 2**20
+    seen = gpu_memory()
+    memory = arguments.hbm * 1e9 if arguments.hbm else seen[0] if seen else 2e7
+    if seen:  # read when JAX starts, which is below
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{POOL * memory / seen[1]:.4f}"
+    gpu = jax.default_backend() == "gpu"
+    shape = architectures.from_config(LLAMA_8B if gpu else LLAMA_8B | {"num_hidden_layers": 2})
+    weights = plan.weights(shape) if gpu else 2**20
     model = jax.block_until_ready(jnp.ones(weights // 2, jnp.bfloat16))
-    machine = plan.Machine(devices=1, memory=MEMORY, bandwidth=1.0)
+    machine = plan.Machine(devices=1, memory=memory, bandwidth=1.0)
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {MEMORY / 1e9:.2f} GB, "
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {memory / 1e9:.2f} GB, "
         f"{limit / 1e9 if limit else 0:.2f} of them for JAX, {model.nbytes / 1e9:.2f} weights",
         flush=True,
     )
     print(f"{'cache':<17}{'longest, tokens':>16}{'predicted':>12}{'allocated':>12}{'error':>9}  4 % more tokens")
     rows, bad = [], False
-    for name, pair in kinds().items():
+    for name, pair in kinds(shape.layers).items():
         if time.perf_counter() - began > arguments.seconds:
             print(f"{name:<17}no time left")
             bad = True
             continue
 
         def held(tokens: int, pair: Any = pair) -> int:
-            return plan.cache_bytes(SHAPE, pair, context=tokens, batch=1)
+            return plan.cache_bytes(shape, pair, context=tokens, batch=1)
 
         longest = plan.plan(held, weights, machine, context=1, batch=1, share=1).longest
         row: dict[str, Any] = {"cache": name, "longest": longest, "predicted": held(longest)}
-        row |= attempt(functools.partial(allocate, pair, longest))
+        row |= attempt(functools.partial(allocate, pair, shape.layers, longest))
         jax.clear_caches()
         more = int(longest * MORE)
-        row["more"] = attempt(functools.partial(allocate, pair, more)).get("failed", "fits") if limit else "no limit"
+        row["more"] = (
+            attempt(functools.partial(allocate, pair, shape.layers, more)).get("failed", "fits")
+            if limit
+            else "no limit"
+        )
         good = "bytes" in row and row["bytes"] == row["predicted"] and row["error"] < LOST[name] < row["wrong_error"]
         bad |= not good or row["more"] == "fits"
         rows.append(row)
@@ -173,7 +175,7 @@ def main() -> int:
         )
     print(f"{time.perf_counter() - began:.0f} s in all")
     if arguments.json is not None:
-        result = {"device": jax.devices()[0].device_kind, "memory": MEMORY, "pool": limit, "rows": rows}
+        result = {"device": jax.devices()[0].device_kind, "memory": memory, "pool": limit, "rows": rows}
         arguments.json.write_text(json.dumps(result) + "\n")
     return int(bad)
 
