@@ -1,11 +1,12 @@
 """One decode step of an 8B model's shapes over a packed cache, beside the same step over a bfloat16 cache.
 
-    python tests/bench/bench_decode_step.py [--implementation cuda] [--bits K4V4,K4V2] [--context 32768,131072]
+    python tests/bench/bench_decode_step.py [--implementation cuda] [--bits K4V4,K4V2] [--context 8192,32768,131072]
 
 32 layers, 32 heads, 8 kv heads of 128, hidden 4096, MLP 14336: each layer appends a token to every row and attends,
 with and without its matrices of random bfloat16 weights (norms without weights, no position encoding). All steps of a
 run are one jit that donates the cache. Tokens a second are medians over runs; memory is what the compiled program holds
-at most: arguments, results that are not the arguments' own buffers, and temporaries.
+at most: arguments, results that are not the arguments' own buffers, and temporaries. Beside the time of a step stands
+what `jaxquant plan` predicts at the read bandwidth of this run, where it has measured the share that attention reaches.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant import _stopwatch, attention, attention_benchmark, cache
+from jaxquant import _stopwatch, attention, attention_benchmark, cache, plan, plan_cli
 
 DIM, RUNS = 128, 5
 
@@ -127,6 +128,28 @@ def plain(model: Model, batch: int, context: int, steps: int) -> tuple:
     return rewound((buffers, None)), attend, rewound
 
 
+def predicted(model: Model, matrices: list, batch: int, context: int, name: str, bandwidth: float) -> float | None:
+    """Give the milliseconds of a step that `jaxquant plan` predicts, or None where it has to assume a share."""
+    kind = name.partition(" ")[0]
+    bits = None if kind == "bf16" else attention_benchmark.widths(kind)
+
+    def held(tokens: int) -> int:
+        sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "dim": DIM}
+        shape = attention_benchmark.Shape(batch=batch, tokens=tokens, **sizes)
+        return model.layers * (shape.nbytes(bits) if bits else shape.exact_bytes)
+
+    found = plan_cli.predicted(
+        f"K{bits[0]}V{bits[1]}" if bits else kind,
+        held,
+        plan.Machine(devices=1, memory=141e9, bandwidth=bandwidth),
+        layers=model.layers,
+        weights=sum(leaf.nbytes for leaf in jax.tree.leaves(matrices)),
+        context=context,
+        batch=batch,
+    )
+    return 1e3 * found["seconds"] if found["share_measured"] else None
+
+
 def copied_bytes(program: str) -> int:
     """Give the bytes of the largest array that a compiled program copies, slices or transposes as an operation."""
     sizes = {"s8": 1, "u8": 1, "pred": 1, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
@@ -179,8 +202,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--implementation", default="xla", help="of attention over codes; names with commas")
     parser.add_argument("--bits", default="K4V4,K4V2,K2V2")
-    parser.add_argument("--context", default="256" if tiny else "32768,131072", help="tokens, with commas")
-    parser.add_argument("--batch", default="2" if tiny else "16,4", help="rows, one number for each context")
+    parser.add_argument("--context", default="256" if tiny else "8192,32768,131072", help="tokens, with commas")
+    parser.add_argument("--batch", default="2" if tiny else "16,16,4", help="rows, one number for each context")
     parser.add_argument("--steps", type=int, default=8, help="of a run")
     parser.add_argument("--weights", choices=("with", "without", "both"), default="both")
     parser.add_argument("--profile", action="store_true", help="list the kernels and copies of a run")
@@ -196,7 +219,9 @@ def main() -> int:
             )
     rows = []
     contexts, batches = ([int(x) for x in names.split(",")] for names in (arguments.context, arguments.batch))
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {model}", flush=True)
+    bandwidth = _stopwatch.read_bandwidth()
+    read = f"reads {bandwidth / 1e9:,.0f} GB/s"
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {read}, {model}", flush=True)
     for context, batch in zip(contexts, batches, strict=True):
         for matrices in {"with": [every], "without": [[]], "both": [[], every]}[arguments.weights]:
             print(f"\n{batch} rows of {context:,} tokens, {'with' if matrices else 'without'} weights")
@@ -207,6 +232,7 @@ def main() -> int:
                 try:
                     made = make(model, batch, context, steps=arguments.steps)
                     row |= measure(model, matrices, batch, arguments.steps, made, arguments.profile)
+                    row["predicted_ms"] = predicted(model, matrices, batch, context, name, bandwidth)
                 except Exception as problem:  # one that does not fit or is not there must not end the others
                     row["failed"] = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:160]
                     print(f"{name:<16}{row['failed']}", flush=True)
@@ -217,10 +243,14 @@ def main() -> int:
                 memory += f", largest copy {row['largest_copy_bytes'] / 2**20:,.1f}, compiled in "
                 memory += f"{row['compile_seconds']:.0f} s)"
                 speed = f"{row['tokens_per_second']:>10,.0f} tokens/s{row['ms_per_step']:>10.2f} ms/step"
+                if row["predicted_ms"] is not None:
+                    speed += f" (plan: {row['predicted_ms']:.2f})"
                 print(f"{name:<16}{speed}{memory}{ratio}", flush=True)
                 del made
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"device": jax.devices()[0].device_kind, "results": rows}) + "\n")
+        arguments.json.write_text(
+            json.dumps({"device": jax.devices()[0].device_kind, "read_bandwidth": bandwidth, "results": rows}) + "\n"
+        )
     return int(not any("ms_per_step" in row and row["cache"] != "bf16" for row in rows))
 
 
