@@ -1,4 +1,7 @@
-"""Run the CUDA kernels on a CPU: g++ compiles them together with `warp.h`, where a warp's lanes are fibres."""
+"""Run the CUDA kernels on a CPU: g++ compiles them together with `warp.h`, where a warp's lanes are fibres.
+
+Where JAX has an NVIDIA GPU they run there, and what is emulated elsewhere is tested on it.
+"""
 
 import contextlib
 import ctypes
@@ -90,14 +93,16 @@ def installed(
         for function in traced:
             function.clear_cache()
 
-    kernel = functools.partial(_Swapped, swap) if swap else Kernel
+    kernel: Any = nvrtc.Kernel if nvrtc.available() else Kernel
+    if swap:
+        kernel = functools.partial(_swapped(kernel), swap)
     forget()
     try:
         with (
             mock.patch.object(nvrtc, "Kernel", kernel),
             mock.patch.object(cuda, "source", source),
             mock.patch.object(cuda, "cores", return_value=cores),
-            mock.patch.object(cuda, "most_together", return_value=together),
+            mock.patch.object(cuda, "most_together", return_value=min(together, cuda.most_together())),
         ):
             yield
     finally:
@@ -135,15 +140,18 @@ class Kernel(nvrtc.Kernel):
         return jax.pure_callback(run, list(results), *operands)
 
 
-class _Swapped(Kernel):
-    def __init__(self, swap, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.swap = swap
+def _swapped(base: type[nvrtc.Kernel]) -> type[nvrtc.Kernel]:
+    class Swapped(base):
+        def __init__(self, swap, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.swap = swap
 
-    def __call__(self, operands, *args, **kwargs):
-        if self.name == "decode":
-            operands = [operands[self.swap.get(i, i)] for i in range(len(operands))]
-        return super().__call__(operands, *args, **kwargs)
+        def __call__(self, operands, *args, **kwargs):
+            if self.name == "decode":
+                operands = [operands[self.swap.get(i, i)] for i in range(len(operands))]
+            return super().__call__(operands, *args, **kwargs)
+
+    return Swapped
 
 
 def _poisoned(result: jax.ShapeDtypeStruct) -> np.ndarray:
