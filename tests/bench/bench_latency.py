@@ -1,10 +1,10 @@
 """What a short decode attention is made of: the kernels of one call and the gaps between them, beside cuDNN's.
 
     python tests/bench/bench_latency.py [--rows 1] [--tokens 4096] [--bits K4V4,K2V2]
-    ncu --clock-control none -k decode -c 1 --metrics ... python tests/bench/bench_latency.py --once --rows 32 --tokens 131072
+    ncu --clock-control none -k decode --section ... python tests/bench/bench_latency.py --once [--rows 32]
 
-32 heads, 8 kv heads of 128. Times come from JAX's profiler over a loop of calls, each of which waits for the one before;
-`--once` calls each kernel once and leaves profiling to another profiler.
+32 heads, 8 kv heads of 128. Times come from JAX's profiler over a loop of calls, each of which waits for the one
+before; `--once` calls each kernel once and leaves profiling to another profiler.
 """
 
 import argparse
