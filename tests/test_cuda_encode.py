@@ -165,16 +165,13 @@ MUTANTS = {
     "limit of float16": ("if (SCALES) scale = fminf", "if (false) scale = fminf", WILD),
     "wild vectors": ("if (attempt) grown[v] = tame(y[v]);", "", WILD),
     "NaN": ("y[i] != y[i] ? 0.0f :", "", WILD),
-    "padding": ("one < vectors && to >= 0 &&", "one < vectors &&", USUAL),
-    "heads of a token": ("* kv_heads + one.head;", "* kv_heads;", USUAL),
-    "tokens, then heads": ("token = by_tokens ? quick : slow", "token = slow", MANY),
+    "padding": ("one < vectors && at >= 0 &&", "one < vectors &&", USUAL),
+    "heads of a token": ("(long long)token * kv_heads + head;", "(long long)token * kv_heads;", USUAL),
+    "tokens, then heads": ("row * count + (count >= 16 ? quick : slow)", "row * count + slow", MANY),
     "layers of another stack": ("held = index[0];", "held = index[0] < layers ? index[0] : 0;", STACKS),
     "the layer": ("const int held = index[0];", "const int held = 0;", USUAL),
     "thresholds": ("(levels[i] + levels[i - 1]) / 2;", "levels[i];", USUAL),
-    "later groups of vectors": ("group < vectors; group += stride,", "group < stride; group += stride,", MANY),
-    "nobody waits for vectors": ("wait_for_all_but<1>();", "", USUAL),
-    "the same vectors again": ("group += stride, stage ^= 1)", "group += stride)", MANY),
-    "one of two lanes copies": ("copy_async<16>(staged", "if (lane % 2) copy_async<16>(staged", USUAL),
+    "later groups of vectors": ("group < vectors; group += stride)", "group < stride; group += stride)", MANY),
 }  # fmt: skip
 
 

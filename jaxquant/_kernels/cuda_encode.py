@@ -109,10 +109,9 @@ def kernel(
         "SCALES": cuda.DTYPES[scales],
         "INPUT": cuda.DTYPES[given],
         "ROUNDS": rounds,
+        "BLOCKS": _BLOCKS,
         "RULE": cuda.RULES[rule],
     }
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
     text = cuda.source("words.cuh", "codes.cuh", numbers, f"constexpr Book BOOK = {book};", "encode.cu")
-    staged = 2 * 16 * _WARPS * (2 * dim + 64) if given == "bfloat16" and rounds else 0
-    capability = capability or nvrtc.capability() or (9, 0)
-    return nvrtc.Kernel("encode", text, threads=32 * _WARPS, capability=capability, shared=staged)
+    return nvrtc.Kernel("encode", text, threads=32 * _WARPS, capability=capability or nvrtc.capability() or (9, 0))

@@ -5,10 +5,8 @@
 // the four bits of a coordinate's index that are t and the lowest of r, and butterflies in registers the others. Their
 // product takes numbers of 8 bits: anything finer than bfloat16 goes through as a sum of two.
 //
-// Vectors in bfloat16 that are rotated here come through shared memory, the next 16 of a warp while it works on these.
-//
-// Compiled with: D (a power of two), BITS, BOOK, SCALES and INPUT (0 float, 1 bfloat16, 2 half), ROUNDS, RULE (0 norm,
-// 1 preserve, 2 unbiased, 3 least squares).
+// Compiled with: D (a power of two), BITS, BOOK, SCALES and INPUT (0 float, 1 bfloat16, 2 half), ROUNDS, BLOCKS (per
+// multiprocessor), RULE (0 norm, 1 preserve, 2 unbiased, 3 least squares).
 typedef Layout<D, BITS> L;
 constexpr int WARPS = 4, THREADS = 32 * WARPS, LEVELS = 1 << BITS;
 constexpr int RUN = D / 16, HELD = D / 4, PLANES = L::PER_WORD / 4, SPAN = HELD / PLANES;  // SPAN: field bytes of a lane
@@ -53,9 +51,6 @@ DEVICE void transform(float (&a)[HELD], float (&b)[HELD], const u32 (&basis)[2][
     }
     butterflies(a, b);
 }
-
-constexpr bool STAGED = INPUT == 1 && ROUNDS;
-constexpr int PITCH = 2 * D + 64;  // bytes of a vector in shared memory: rows of neighbouring lanes use other banks
 
 // Read two vectors of bfloat16, with the signs of the first round, and transform them as they are.
 DEVICE void read_and_transform(float (&a)[HELD], float (&b)[HELD], const u8* first, const u8* second, int t,
@@ -201,10 +196,9 @@ DEVICE void write(const float (&y)[HELD], float unit, float size, const Cells& c
     if (wanted && t == 0) store(scales, place, scale, SCALES);
 }
 
-KERNEL(THREADS, 3) encode(const void* __restrict__ x, const int* __restrict__ index, const int* __restrict__ slot,
+KERNEL(THREADS, BLOCKS) encode(const void* __restrict__ x, const int* __restrict__ index, const int* __restrict__ slot,
                           const float* __restrict__ levels, const signed char* __restrict__ signs, const u8*, const u8*,
                           u8* codes, u8* scales, int layers, int batch, int count, int kv_heads, int slots) {
-    ARENA u8 arena[];
     SHARED float thresholds[LEVELS], level_of[LEVELS];
     SHARED u32 table[CELLS];
     // A tree in an array: threshold i comes at the depth that the zeros at its end say.
@@ -241,56 +235,28 @@ KERNEL(THREADS, 3) encode(const void* __restrict__ x, const int* __restrict__ in
             flips[i] = (signs[coordinate(t, 2 * i)] < 0 ? 0x8000u : 0u) | (signs[coordinate(t, 2 * i + 1)] < 0 ? 0x80000000u : 0u);
     }
 
-    const u32 vectors = (u32)batch * count * kv_heads, stride = blocks_x() * WARPS * 16;
-    const int held = index[0];
-    const u8* const from = (const u8*)x;
     // Vectors go by tokens, then heads, where there are tokens enough for a warp, and by heads, then tokens, otherwise.
+    const u32 vectors = (u32)batch * count * kv_heads, stride = blocks_x() * WARPS * 16;
     const u32 inner = count >= 16 ? count : kv_heads, outer = count >= 16 ? kv_heads : count;
-    u8* const mine = arena + thread() / 32 * 2 * 16 * PITCH;
-    struct At {
-        u32 row, token, head;  // the token counts within its row
-        DEVICE At(u32 one, u32 inner, u32 outer, bool by_tokens) {
-            const u32 quick = one % inner, rest = one / inner, slow = rest % outer;
-            row = rest / outer, token = by_tokens ? quick : slow, head = by_tokens ? slow : quick;
-        }
-    };
-    const auto at = [&](u32 one) { return At(one < vectors ? one : vectors - 1, inner, outer, count >= 16); };
-    const auto vector_of = [&](At one) { return ((long long)one.row * count + one.token) * kv_heads + one.head; };
-    u8* const staged = mine + lane / 2 * PITCH + lane % 2 * 16;
-    const auto fetch = [&](u32 group, int stage) {  // two lanes a vector
-        if (group < vectors) {
-            const u8* vector = from + vector_of(at(group + lane / 2)) * 2 * D + lane % 2 * 16;
-#pragma unroll
-            for (int i = 0; i < D / 16; i++) copy_async<16>(staged + stage * 16 * PITCH + 32 * i, vector + 32 * i);
-        }
-        end_group();
-    };
-    u32 group = (block_x() * WARPS + thread() / 32) * 16;
-    if (STAGED) fetch(group, 0);
-    for (int stage = 0; group < vectors; group += stride, stage ^= 1) {
-        if (STAGED) {
-            sync_warp();  // all lanes have read what the next copy overwrites
-            fetch(group + stride, stage ^ 1);
-            wait_for_all_but<1>();
-            sync_warp();
-        }
+    const int held = index[0];
+    for (u32 group = (block_x() * WARPS + thread() / 32) * 16; group < vectors; group += stride) {
         long long vector[2], place[2];
         bool wanted[2];
 #pragma unroll
         for (int v = 0; v < 2; v++) {
-            const u32 one = group + g + 8 * v;
-            const At of = at(one);
-            const int to = slot[of.row * count + of.token];
-            vector[v] = vector_of(of);
-            wanted[v] = one < vectors && to >= 0 && to < slots && held >= 0 && held < layers;
-            place[v] = (((long long)held * batch + of.row) * kv_heads + of.head) * slots + to;
+            const u32 one = group + g + 8 * v, some = one < vectors ? one : vectors - 1;
+            const u32 quick = some % inner, rest = some / inner, slow = rest % outer, row = rest / outer;
+            const u32 token = row * count + (count >= 16 ? quick : slow), head = count >= 16 ? slow : quick;
+            const int at = slot[token];
+            vector[v] = (long long)token * kv_heads + head;
+            wanted[v] = one < vectors && at >= 0 && at < slots && held >= 0 && held < layers;
+            place[v] = (((long long)held * batch + row) * kv_heads + head) * slots + at;
         }
         float y[2][HELD], square[2], grown[2] = {1.0f, 1.0f};
 #pragma unroll 1
         for (int attempt = 0; attempt < 2; attempt++) {
-            if (STAGED && !attempt) {
-                const u8* row = mine + (stage * 16 + g) * PITCH;
-                read_and_transform(y[0], y[1], row, row + 8 * PITCH, t, flips, basis);
+            if (INPUT == 1 && ROUNDS && !attempt) {
+                read_and_transform(y[0], y[1], (const u8*)x + vector[0] * 2 * D, (const u8*)x + vector[1] * 2 * D, t, flips, basis);
             } else {
 #pragma unroll
                 for (int v = 0; v < 2; v++) {
