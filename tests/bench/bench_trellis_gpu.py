@@ -5,7 +5,7 @@
 Coding: vectors of dim 128 of bfloat16 into a donated cache, by bits and states, beside the fused append of scalar codes
 and XLA's search; the squared error of what was written, over that of the vectors; and how many of some vectors have the
 codes that XLA gives them. Attention: what `attention_benchmark` measures, with its peers that were the fastest; the
-error is relative to attention in float64 over the decoded cache. Indented lines vary what the kernels choose themselves.
+error is relative to attention in float64 over the decoded cache. Indented lines vary what the kernels choose.
 What would begin after `--seconds` is left out. Exits with 1 where a target is missed on an H200, or a result is wrong.
 """
 
