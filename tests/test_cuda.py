@@ -11,9 +11,10 @@ import pytest
 from cuda import caches, emulate
 from jaxtyping import TypeCheckError
 
-from jaxquant import attention, cache, quantizers, sharding
+from jaxquant import attention, cache, quantizers, sharding, trellis
 from jaxquant._kernels import cuda, nvrtc, xla
 from jaxquant._stacks import KVCache
+from jaxquant.methods import trellis as method
 from jaxquant.methods import turboquant
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
@@ -113,10 +114,13 @@ SPECIAL = [
 ]
 RINGS = Case(keys="2 trellis 64", values="2 trellis 64", capacity=97, lengths=(97, 33))
 APART = Case(keys="2 trellis 64 other", values="2 trellis 64", sinks=3, window=20, lengths=(150, 22))
+SMALL_RINGS = Case(
+    keys="2 trellis 64", values="2 trellis 64", dim=64, group=16, q="bfloat16", rotation="hadamard 3", cores=1
+)
 TRELLISES = [
     RINGS,
     APART,
-    Case(keys="2 trellis 64", values="2 trellis 64", dim=64, group=16, q="bfloat16", rotation="hadamard 3", cores=1),
+    SMALL_RINGS,
     Case(keys="2 trellis 64", values="2 trellis 64", dim=256, group=3, rotation="haar", scales=("float32", "bfloat16")),
     Case(keys="2 trellis 16", values="1 trellis 256", group=8, q="float16", cap=20.0, sliding=40),
     Case(keys="1 trellis 16", values="2 trellis 32", group=1, window=24, cropped=60, lengths=(50, 33)),
@@ -240,6 +244,14 @@ MUTANTS = {
     "one part of a cluster": ("sums + 2 * place, CLUSTER, 0, 1,", "sums + 2 * place, 1, 0, 1,", CLUSTER),
     "heads of other warps": ("head += CLUSTER * WARPS", "head += heads", HEADS),
     "rotated back by another's signs": ("x, top, sum, value_signs, out", "x, top, sum, key_signs, out", CLUSTER),
+    "rings do not close": ("((N * lane + N) % L::WORDS)", "((N * lane + N - 1) % L::WORDS)", RINGS),
+    "rings of half a word do not close": ("(2 * lane + 2) % L::ROW) << 16", "2 * lane) << 16", SMALL_RINGS),
+    "windows that begin in a word's last bits": ("funnel(low, high, at - 7)", "low >> (at - 7)", RINGS),
+    "neighbours have the same level": ("levels[i / 32 >> bits & last]", "levels[i / 32 & last]", RINGS),
+    "neighbours of values change places": ("= permute(first, second, 0x7632)", "= permute(first, second, 0x7610)", RINGS),
+    "what halves of queries leave": ("return TWO_HALVES ? x + rest : x;", "return x;", RINGS),
+    "values have the levels of keys": ("apart = any_lane(apart);", "apart = false;", APART),
+    "keys have the levels of values": ("(!apart || i % 32 < 16)", "!apart", APART),
 }  # fmt: skip
 
 
@@ -269,6 +281,10 @@ def test_wrong_operands_are_seen(mistake):
         compare(case, got, oracle(case, c, q))
 
 
+def rings(bits: float = 2, states: int = 64, **kwargs: Any) -> trellis.Trellis:
+    return method.mse(jax.random.key(0), dim=64, bits=bits, states=states, **kwargs)
+
+
 def usual_cache(keys: Any = None, values: Any = None, *, dim: int = 64, capacity: int = 64, **kwargs: Any) -> KVCache:
     keys, values = (made or caches.quantizer("4", dim) for made in (keys, values))
     return cache.init(keys, values, layers=1, batch=1, kv_heads=1, capacity=capacity, **kwargs)
@@ -285,6 +301,12 @@ def test_what_is_not_supported_is_said():
         (usual_cache(), 17, "17 query heads share a kv head, more than 16"),
         (usual_cache(capacity=40, sinks=9), 1, "there is room for 31 coded tokens, fewer than 32"),
         (usual_cache(capacity=32), 16, None),
+        (usual_cache(rings(bits=3), rings()), 1, "keys have trellis codes of 3 bits, more than 2"),
+        (usual_cache(rings(), rings(states=128)), 1, "values have a trellis of 128 states, more than 64"),
+        (usual_cache(rings(bits=1)), 1, "keys have trellis codes of dim 64, not a power of two from 128 to 256"),
+        (usual_cache(rings(kind="3inst")), 1, "keys have trellis codes of kind 3inst, not table"),
+        (usual_cache(rings(bits=1.5)), 1, "keys have trellis codes with 2 tables, more than one"),
+        (usual_cache(rings(), rings(states=16)), 4, None),
     ):
         rule = xla.Rule(scale=jnp.float32(1), soft_cap=None, sliding_window=None, visible=None)
         assert cuda.unsupported(c.stacks[0], heads, rule) == reason
@@ -308,6 +330,17 @@ def test_a_misspelt_implementation_is_an_error():
 def test_kernels_are_for_gpus_from_8_0_on(monkeypatch, lowest, expected):
     monkeypatch.setattr(nvrtc, "capability", lambda: lowest)
     assert nvrtc.available() is expected
+
+
+def test_trellis_codes_need_shared_memory(monkeypatch):
+    c = usual_cache(rings(), rings())
+    rule = xla.Rule(scale=jnp.float32(1), soft_cap=None, sliding_window=None, visible=None)
+    for lowest, reason in (
+        ((8, 0), "keys have trellis codes, for which compute capability 8.0 has too little shared memory"),
+        ((9, 0), None),
+    ):
+        monkeypatch.setattr(nvrtc, "capability", lambda lowest=lowest: lowest)
+        assert cuda.unsupported(c.stacks[0], 1, rule) == reason
 
 
 @needs_compiler

@@ -30,7 +30,8 @@ DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _DIMS = (64, 80, 96, 128, 256)
 _MOST_STAGES = 3
 _SHARED = 218 * 1024  # bytes of a multiprocessor's shared memory that its blocks share
-_WINDOW = 10  # bits that decide two coordinates of a trellis code: a table in shared memory has 128 bytes for each
+_WINDOW = 10  # bits that decide two coordinates of a trellis code, at most: a table has 128 bytes for each window
+_ROOMY = ((9, 0), (10, 0), (10, 3), (11, 0))  # compute capabilities whose blocks can have 227 KB of shared memory
 
 
 def unsupported(stack: Stack, heads: int, rule: Rule, spread: Spread | None = None) -> str | None:
@@ -73,7 +74,9 @@ def unreadable(quantizer: Quantizer | PerLayer) -> str | None:
 
 
 def _unreadable_trellis(quantizer: Trellis) -> str | None:
-    code = quantizer.code
+    code, lowest = quantizer.code, nvrtc.capability()
+    if lowest is not None and lowest not in _ROOMY:
+        return f"have trellis codes, for which compute capability {lowest[0]}.{lowest[1]} has too little shared memory"
     if code.kind != "table":
         return f"have trellis codes of kind {code.kind}, not table"
     if len(code.tables) > 1 or len(code.tables[0]) > 1:

@@ -83,7 +83,7 @@ def shape(dim: int, bits: int, states: int) -> Shape:
     """Give the shape of the kernel for one configuration."""
     butterflies = states >> bits
     vectors = max(1, 32 // butterflies)
-    survivors = 4 * max(32, butterflies) * dim // {1: 16, 2: 4, 3: 1}[bits]
+    survivors = 4 * vectors * states * -(-dim // (32 // bits))
     metrics = 8 * vectors * (states + (max(4, butterflies) if butterflies < 32 else 0))
     space = survivors + metrics + vectors * (2 * dim + 4 * (dim + 1))
     space = -(-space // 16) * 16

@@ -4,20 +4,20 @@
 // 2^b k + j, j < 2^b, lead to the new states k + i STATES / 2^b, i < 2^b: such a butterfly belongs to one lane, which holds
 // the levels of its windows in registers. Costs of states change lanes between two steps, through shared memory. A
 // candidate's lowest bits are lent to the symbol that it drops, so that one minimum gives both; the arithmetic is that of
-// `viterbi.py`. Symbols of some steps gather in a word before they are stored, a word a butterfly.
+// `viterbi.py`, but that the bits are not cleared afterwards. Symbols of a state gather in a word before they are stored.
 //
 // Compiled with: D (a power of two), BITS, STATES, DEPTH (coordinates on either side of the seam that the first pass looks
 // at), SCALES and INPUT (0 float, 1 bfloat16, 2 half), ROUNDS, RULE (0 norm, 1 preserve, 2 unbiased, 3 least squares),
 // WARPS, BLOCKS (per multiprocessor), SPACE (bytes of shared memory of a warp).
 constexpr int BRANCHES = 1 << BITS, BUTTERFLIES = STATES / BRANCHES;
 constexpr int LANES = BUTTERFLIES < 32 ? BUTTERFLIES : 32, VECTORS = 32 / LANES, EACH = BUTTERFLIES / LANES;
-constexpr int STEPS = BITS == 1 ? 16 : BITS == 2 ? 4 : 1, USED = BITS * BRANCHES;  // steps and bits a step of a word
+constexpr int STEPS = 32 / BITS, UNROLLED = BITS < 3 ? 4 : 1;  // steps of a word of symbols, and of a loop
 constexpr int PITCH = STATES + (LANES < 4 ? 4 : LANES < 32 ? LANES : 0), Y_PITCH = D + 1;          // against bank conflicts
 constexpr int PER_LANE = D / 32, THREADS = 32 * WARPS, ROW = D * BITS / 8;
 constexpr float HUGE_FLOAT = 3.4028235e38f, EPSILON = 1.1920929e-7f, BARRED = 1e30f;
 
-// Shared memory of a warp. `kept` has a word for every lane, butterfly of a lane and STEPS steps.
-constexpr int KEPT = (D + STEPS - 1) / STEPS * EACH * 32 * 4, METRICS = 2 * VECTORS * PITCH * 4;
+// Shared memory of a warp. `kept` has a word for every vector, state and STEPS steps, the last step in its upper bits.
+constexpr int KEPT = (D + STEPS - 1) / STEPS * VECTORS * STATES * 4, METRICS = 2 * VECTORS * PITCH * 4;
 constexpr int WINDOWS = VECTORS * D * 2;
 static_assert(SPACE == (KEPT + METRICS + WINDOWS + VECTORS * Y_PITCH * 4 + 15) / 16 * 16, "");
 struct Space {
@@ -35,13 +35,14 @@ DEVICE float sum_of_warp(float x) {
 }
 
 typedef float Levels[EACH][BRANCHES][BRANCHES];
+typedef u32 Words[EACH][BRANCHES];
 
 // One coordinate: costs `from` the old states `to` the new ones, and the symbols that their best ways dropped.
-DEVICE void step(const float* from, float* to, float y, const Levels& level, u32 upper, u32 (&word)[EACH], int lane) {
+DEVICE void step(const float* from, float* to, float y, const Levels& level, u32 upper, Words& word, int lane) {
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
         const int k = e * LANES + lane;
-        u32 old[BRANCHES], symbols = 0;
+        u32 old[BRANCHES];
         load_words<BRANCHES, 16>((const u8*)(from + k * BRANCHES), old);
 #pragma unroll
         for (int i = 0; i < BRANCHES; i++) {
@@ -53,10 +54,9 @@ DEVICE void step(const float* from, float* to, float y, const Levels& level, u32
                 const int tagged = (int)((float_to_bits(cost) & upper) | j);
                 best = tagged < best ? tagged : best;
             }
-            to[i * BUTTERFLIES + k] = bits_to_float((u32)best & upper);
-            symbols |= ((u32)best & (BRANCHES - 1u)) << (BITS * i);
+            to[i * BUTTERFLIES + k] = bits_to_float((u32)best);
+            word[e][i] = funnel(word[e][i], (u32)best, BITS);
         }
-        word[e] = STEPS == 1 ? symbols : word[e] >> USED % 32 | symbols << (32 - USED);
     }
 }
 
@@ -65,48 +65,57 @@ template <int COUNT, bool KEEP>
 DEVICE void forward(const Space& space, int first, int& which, const Levels& level, u32 upper, int vector, int lane) {
     const float* y = space.y(vector) + first;
     float *from = space.metric(which, vector), *to = space.metric(1 - which, vector);
-    u32 word[EACH];
+    u32* kept = space.kept() + vector * STATES + lane;
+    Words word;
 #pragma unroll
-    for (int e = 0; e < EACH; e++) word[e] = 0;
+    for (int e = 0; e < EACH; e++)
+#pragma unroll
+        for (int i = 0; i < BRANCHES; i++) word[e][i] = 0;
 #pragma unroll 1
-    for (int group = 0; group < (COUNT + STEPS - 1) / STEPS; group++) {
-#pragma unroll
-        for (int s = 0; s < STEPS; s++)
-            if (COUNT % STEPS == 0 || group * STEPS + s < COUNT) {
-                step(from, to, y[group * STEPS + s], level, upper, word, lane);
-                sync_warp();
-                float* other = from;
-                from = to, to = other;
-            } else if (KEEP) {
-#pragma unroll
-                for (int e = 0; e < EACH; e++) word[e] >>= USED % 32;
-            }
+    for (int group = 0; group < COUNT; group += STEPS) {
+        const int stop = group + STEPS < COUNT ? group + STEPS : COUNT;
+#pragma unroll UNROLLED
+        for (int s = group; s < stop; s++) {
+            step(from, to, y[s], level, upper, word, lane);
+            sync_warp();
+            float* other = from;
+            from = to, to = other;
+        }
         if (KEEP) {
 #pragma unroll
-            for (int e = 0; e < EACH; e++) space.kept()[(group * EACH + e) * 32 + vector * LANES + lane] = word[e];
+            for (int e = 0; e < EACH; e++)
+#pragma unroll
+                for (int i = 0; i < BRANCHES; i++) kept[i * BUTTERFLIES + e * LANES] = word[e][i];
+            kept += VECTORS * STATES;
         }
     }
     which ^= COUNT % 2;
     sync_warp();
 }
 
-// Follow the best way back over `COUNT` coordinates, and give the state in which it began.
+// Follow the best way back through one word a state, of COUNT steps.
+template <int COUNT, bool RECORD>
+DEVICE u32 back_through(const u32* kept, u16* windows, u32 state, int lane) {
+#pragma unroll
+    for (int s = COUNT - 1; s >= 0; s--) {
+        const u32 symbol = kept[state] >> (32 - BITS * (COUNT - s)) & (BRANCHES - 1);
+        const u32 window = state << BITS | symbol;
+        if (RECORD && lane == 0) windows[s] = (u16)window;
+        state = window % STATES;
+    }
+    return state;
+}
+
+// Follow the best way back over COUNT coordinates, and give the state in which it began.
 template <int COUNT, bool RECORD>
 DEVICE u32 back(const Space& space, u32 state, int vector, int lane) {
+    constexpr int WHOLE = COUNT / STEPS;
+    const u32* kept = space.kept() + vector * STATES;
+    u16* windows = space.windows(vector);
+    state = back_through<COUNT % STEPS, RECORD>(kept + WHOLE * VECTORS * STATES, windows + WHOLE * STEPS, state, lane);
 #pragma unroll 1
-    for (int group = (COUNT - 1) / STEPS; group >= 0; group--) {
-        const u32* kept = space.kept() + group * EACH * 32 + vector * LANES;
-        u16* windows = space.windows(vector) + group * STEPS;
-#pragma unroll
-        for (int s = STEPS - 1; s >= 0; s--)
-            if (COUNT % STEPS == 0 || group * STEPS + s < COUNT) {
-                const u32 k = state % BUTTERFLIES, word = kept[k / LANES * 32 + k % LANES];
-                const u32 symbol = word >> s * USED >> state / BUTTERFLIES * BITS & (BRANCHES - 1);
-                const u32 window = state << BITS | symbol;
-                if (RECORD && lane == 0) windows[s] = (u16)window;
-                state = window % STATES;
-            }
-    }
+    for (int group = WHOLE - 1; group >= 0; group--)
+        state = back_through<STEPS, RECORD>(kept + group * VECTORS * STATES, windows + group * STEPS, state, lane);
     return state;
 }
 
@@ -115,7 +124,7 @@ DEVICE u32 cheapest(const float* metric, int lane) {
     u32 least = 0xffffffffu, state = STATES;
 #pragma unroll
     for (int i = 0; i < STATES; i += LANES) {
-        const u32 cost = float_to_bits(metric[i + lane]);
+        const u32 cost = float_to_bits(metric[i + lane]) & ~(BRANCHES - 1u);
         if (cost < least) least = cost, state = i + lane;
     }
 #pragma unroll
@@ -196,7 +205,7 @@ KERNEL(THREADS, BLOCKS) encode_trellis(const void* __restrict__ x, const int* __
     const int lane = thread() % 32, mine = lane / LANES, own = lane % LANES;
     const Space space = {arena + thread() / 32 * SPACE};
     // The bits of a cost that are not lent, in a register: with two constants, tagging would take two instructions.
-    const u32 upper = ~(BRANCHES - 1u) ^ (u32)(layers < 0);
+    const u32 upper = ~(BRANCHES - 1u) ^ (u32)(layers >> 31);
     Levels level;
 #pragma unroll
     for (int e = 0; e < EACH; e++)
