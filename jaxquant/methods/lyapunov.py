@@ -1,7 +1,8 @@
 """Watch how attention amplifies a small change: the largest finite-time Lyapunov exponent, by Benettin's method.
 
 A perturbation d of unit length is carried from block to block by the derivative of what attention does to the newest
-query of each block, o_t = attention(q_t), and scaled back to unit length each time:
+query of each block, o_t = attention(q_t), that of the first query head where several share a kv head, and scaled back
+to unit length each time:
 
     d' = J_t d,    g_t = log |d'|,    d = d' / |d'|,    exponent = mean of g_t.
 
