@@ -251,17 +251,36 @@ def _cold(
 
         return jax.tree.map(leaf, held.cold)
 
+    def decoded(number: Array, parts: list[Store]) -> xla.Partial:
+        length = jnp.where((number < spilled) & valid[:, 0], segment, 0)[None]
+        alone = KVCache(
+            stacks=(Stack(keys=parts[0], values=parts[1]),),
+            length=length,
+            exact_from=jnp.zeros_like(length),
+            places=((0, 0),),
+        )
+        out, lse = attention.decode_attention(q[:, 0].astype(jnp.float32), alone, 0, **rule)
+        out, lse = (_attention.rows_of(x[:, None], kv_heads) for x in (out, lse[..., None]))
+        return xla.Partial(out, lse[..., 0])
+
+    def scored(number: Array, parts: list[Store]) -> xla.Partial:
+        relative = where - stack.sinks - number * segment
+        relative = jnp.where((jnp.tile(number < spilled[:, None], where.shape[1])) & (where >= 0), relative, -1)
+        return xla.coded(Stack(keys=parts[0], values=parts[1]), jnp.int32(0), rows, relative, never, known)
+
+    def read(number: Array, codes: Any) -> xla.Partial:
+        parts = [
+            Store(quantizer=store.at(layer), codes=code, sinks=nothing, window=nothing)
+            for store, code in zip((stack.keys, stack.values), codes, strict=True)
+        ]
+        if new > 1 or known.sliding_window is not None:
+            return scored(number, parts)
+        return decoded(number, parts)
+
     def body(number: Array, carry: tuple[Any, xla.Partial]) -> tuple[Any, xla.Partial]:
         codes, joined = carry
         following = fetched(jnp.minimum(number + 1, last))
-        keys, values = (
-            Store(quantizer=store.at(layer), codes=code, sinks=nothing, window=nothing)
-            for store, code in zip((stack.keys, stack.values), codes, strict=True)
-        )
-        relative = where - stack.sinks - number * segment
-        relative = jnp.where((jnp.tile(number < spilled[:, None], where.shape[1])) & (where >= 0), relative, -1)
-        part = xla.coded(Stack(keys=keys, values=values), jnp.int32(0), rows, relative, never, known)
-        return following, xla.merge([joined, part])
+        return following, xla.merge([joined, read(number, codes)])
 
     start = xla.Partial(jnp.zeros_like(rows), jnp.full(rows.shape[:-1], -jnp.inf, jnp.float32))
     _, (out, lse) = lax.fori_loop(0, jnp.max(spilled), body, (fetched(jnp.int32(0)), start))
