@@ -15,7 +15,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from jaxquant import _attention, cache
+from jaxquant import _attention, _cache
 from jaxquant._kernels import cuda, cuda_encode, nvrtc
 
 _HEADER = pathlib.Path(__file__).with_name("warp.h")
@@ -83,7 +83,7 @@ def installed(*, cores: int = 132, replace: tuple[str, str] | None = None, swap:
     def forget() -> None:
         for made in (cuda.kernels, cuda_encode.kernel):
             made.cache_clear()
-        traced: Any = (_attention.decode, cache._append)
+        traced: Any = (_attention.decode, _cache.append)
         for function in traced:
             function.clear_cache()
 
