@@ -12,9 +12,9 @@ import pytest
 import tiny_llama
 
 from jaxquant import attention, cache, evaluate, models, pipeline, quantizers, strategies
-from jaxquant._pytree import pytree
 from jaxquant.methods import csa_hca, delta, h2o, kivi, knorm, palm, snapkv, stability, streamingllm, tiered, turboquant
 from jaxquant.pipeline import Pipeline
+from jaxquant.protocols import pytree
 
 B, T, H, G, D = 2, 21, 2, 2, 16
 EXACT = quantizers.Exact(dim=D, dtype="float32")

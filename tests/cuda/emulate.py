@@ -18,7 +18,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from jaxquant import _attention, cache
+from jaxquant import _attention, _cache
 from jaxquant._kernels import cuda, cuda_encode, cuda_trellis, nvrtc
 
 _HEADER = pathlib.Path(__file__).with_name("warp.h")
@@ -89,7 +89,7 @@ def installed(
     def forget() -> None:
         for made in (cuda.kernels, cuda_encode.kernel, cuda_trellis.kernel):
             made.cache_clear()
-        traced: Any = (_attention.decode, cache._append)
+        traced: Any = (_attention.decode, _cache.append)
         for function in traced:
             function.clear_cache()
 
