@@ -170,7 +170,7 @@ def _exact(new: int, past: int) -> dict[str, Any]:
 
 def _compressed(new: int, past: int, bits: tuple[int, int], implementation: str) -> dict[str, Any]:
     shape = attention_benchmark.Shape(batch=1, tokens=past + new, heads=HEADS, kv_heads=KV_HEADS, dim=DIM)
-    made = attention_benchmark.filled(shape, bits, layers=1)
+    made = attention_benchmark.filled(shape, attention_benchmark.scalars(bits, DIM), layers=1)
     made = dataclasses.replace(made, length=jnp.full_like(made.length, past))
     attend = functools.partial(attention.prefill_attention, implementation=implementation)  # pyright: ignore
 
