@@ -211,8 +211,8 @@ def main() -> int:
     table, device = Table(arguments.seconds), jax.devices()[0].device_kind
     bandwidth = _stopwatch.read_bandwidth(2**20 if arguments.quick else None)
     print(f"{device}, jax {jax.__version__}: reads {bandwidth / 1e9:,.0f} GB/s", flush=True)
-    measure_coding(table, arguments.quick)
     measure_attention(table, arguments.quick, bandwidth)
+    measure_coding(table, arguments.quick)
     if arguments.json:
         arguments.json.write_text(
             json.dumps({"device": device, "read_bandwidth": bandwidth, "results": table.rows}) + "\n"
