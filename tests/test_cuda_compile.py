@@ -235,9 +235,9 @@ def test_what_grew_is_seen(ptxas, tmp_path, monkeypatch):
         check((registers, count, spilled), DECODE[small])
     with pytest.raises(AssertionError, match="more instructions"):
         check((registers, count, spilled), (registers, DECODE[small][1]))
-    original = cuda.source
+    original = nvrtc.source
     tight = "constexpr int BLOCKS = 2;", "constexpr int BLOCKS = 4;"
-    monkeypatch.setattr(cuda, "source", lambda *parts: original(*parts).replace(*tight))
+    monkeypatch.setattr(nvrtc, "source", lambda *parts: original(*parts).replace(*tight))
     cuda.kernels.cache_clear()
     measured = measure(decode(*large)[0], ptxas, tmp_path)
     cuda.kernels.cache_clear()

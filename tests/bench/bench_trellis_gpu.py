@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import _attention_peers, _stopwatch, attention_benchmark, cache, quantizers
-from jaxquant._kernels import cuda, cuda_encode, cuda_trellis
+from jaxquant._kernels import cuda, cuda_blocks, cuda_encode, cuda_trellis
 from jaxquant.attention_benchmark import Shape
 from jaxquant.methods import trellis, turboquant
 
@@ -95,13 +95,13 @@ def blocks(count: int | None) -> Iterator[None]:
 @contextlib.contextmanager
 def warps(count: int | None) -> Iterator[None]:
     """Let a block of attention over trellis codes have so many warps."""
-    chosen = cuda._shape
+    chosen = cuda_blocks.shape
 
     def varied(dim: int, heads: int, *, trellis: bool = False) -> Any:
         shape = chosen(dim, heads, trellis=trellis)
         return shape._replace(warps=count) if trellis and count else shape
 
-    with mock.patch.object(cuda, "_shape", varied):
+    with mock.patch.object(cuda_blocks, "shape", varied):
         cuda.kernels.cache_clear()
         yield
     cuda.kernels.cache_clear()

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxquant import _attention, _cache
-from jaxquant._kernels import cuda, cuda_encode, cuda_trellis, nvrtc
+from jaxquant._kernels import cuda, cuda_blocks, cuda_encode, cuda_trellis, nvrtc
 
 _HEADER = pathlib.Path(__file__).with_name("warp.h")
 
@@ -77,7 +77,7 @@ def installed(
         replace: a mistake to plant: text of the sources, and what stands there instead.
         swap: another: operands of `decode` that others are passed for.
     """
-    original, found = cuda.source, []
+    original, found = nvrtc.source, []
 
     def source(*parts: str) -> str:
         text = original(*parts)
@@ -100,9 +100,9 @@ def installed(
     try:
         with (
             mock.patch.object(nvrtc, "Kernel", kernel),
-            mock.patch.object(cuda, "source", source),
-            mock.patch.object(cuda, "cores", return_value=cores),
-            mock.patch.object(cuda, "most_together", return_value=min(together, cuda.most_together())),
+            mock.patch.object(nvrtc, "source", source),
+            mock.patch.object(cuda_blocks, "cores", return_value=cores),
+            mock.patch.object(cuda_blocks, "most_together", return_value=min(together, cuda_blocks.most_together())),
         ):
             yield
     finally:
