@@ -2,8 +2,8 @@
 
 The kernels are CUDA C++ in `sources/`, compiled for the shapes at hand when they are first traced. `decode` reads the
 stacked buffers in place: the layer, the lengths and the settings are operands in device memory, so that nothing is
-sliced, copied or synchronized. Few parts of a row are joined by the blocks that made them, many by `combine`.
-`docs/kernels.md` has the design and what it reaches.
+sliced, copied or synchronized. All blocks read as many tokens, so that rows are cut between them; `combine` joins the
+parts. `docs/kernels.md` has the design and what it reaches.
 """
 
 import functools
@@ -122,11 +122,9 @@ def attend(
         dtype = "float32"
         q = q.astype(dtype)
     windows = pair_window(keys), pair_window(values)
-    shape = cuda_blocks.shape(dim, heads, trellis=any(windows))
-    passes = -(-heads // shape.columns)
-    together = cuda_blocks.most_together()
-    parts = cuda_blocks.parts(batch * kv_heads * passes, slots, shape, together)
-    joined = parts <= together
+    vector = sum(code.codes.shape[-1] + code.scales.dtype.itemsize for code in codes if code.scales is not None)
+    shape = cuda_blocks.shape(dim, heads, vector, windows)
+    blocks = cuda_blocks.count(batch * kv_heads * -(-heads // shape.columns), slots, shape)
     decode, combine = kernels(
         dim=dim,
         heads=heads,
@@ -139,24 +137,25 @@ def attend(
         sliding=rule.sliding_window is not None,
         even=slots % 8 == 0,
         page=page,
-        cluster=parts if joined else 0,
         windows=windows,
     )
     nothing = jnp.zeros((), jnp.float32)
+    layer = jnp.asarray(layer, jnp.int32)
+    sliding = jnp.zeros((), jnp.int32) if rule.sliding_window is None else rule.sliding_window
     results = [
         jax.ShapeDtypeStruct((batch, kv_heads, heads, dim), dtype),
         jax.ShapeDtypeStruct((batch, kv_heads, heads), jnp.float32),
     ]
-    partial, sums, out, lse = decode(
+    parts, sums, out, lse = decode(
         [
             q,
-            jnp.asarray(layer, jnp.int32),
+            layer,
             jnp.asarray(index, jnp.int32),
             length,
             exact_from,
             rule.scale,
             nothing if rule.soft_cap is None else rule.soft_cap,
-            jnp.zeros((), jnp.int32) if rule.sliding_window is None else rule.sliding_window,
+            sliding,
             jnp.zeros((), jnp.int32) if table is None else table,
             *_operands(codes[0], keys),
             signs(keys),
@@ -165,14 +164,20 @@ def attend(
         ],
         [layers, batch, kv_heads, slots, sinks, window, length.shape[0]],
         [
-            jax.ShapeDtypeStruct((batch * kv_heads * heads, parts, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch * kv_heads * heads, parts, 2), jnp.float32),
-            *(results if joined else [jax.ShapeDtypeStruct((1,), jnp.float32)] * 2),
+            jax.ShapeDtypeStruct((blocks, 2, shape.columns, dim), jnp.float32),
+            jax.ShapeDtypeStruct((blocks, 2, shape.columns, 2), jnp.float32),
+            *results,
         ],
-        grid=(batch * kv_heads * passes, parts),
+        grid=(blocks, 1),
     )
-    if not joined:
-        out, lse = combine([partial, sums, signs(values)], [parts], results, grid=(batch * kv_heads * heads, 1))
+    if blocks > 1:
+        out, lse = combine(
+            [parts, sums, signs(values), layer, length, exact_from, sliding, out, lse],
+            [batch, kv_heads, sinks, window, length.shape[0], blocks],
+            results,
+            grid=(batch * kv_heads * heads, 1),
+            aliases={7: 0, 8: 1},
+        )
     if value_rounds is None:
         out = values.restore(out)
     return Partial(out.astype(asked), lse)
@@ -197,15 +202,14 @@ def kernels(
     sliding: bool,
     even: bool,
     page: int = 0,
-    cluster: int = 0,
     windows: tuple[int, int] = (0, 0),
     capability: tuple[int, int] | None = None,
 ) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
-    """Compile `decode` and `combine` for one configuration; with a `cluster`, `decode` joins its parts itself."""
+    """Compile `decode` and `combine` for one configuration."""
     capability = capability or nvrtc.capability() or (9, 0)
     ways = 8
-    shape = cuda_blocks.shape(dim, heads, trellis=any(windows))
     vector = dim * sum(bits) // 8 + sum(4 if scale == "float32" else 2 for scale in scales)
+    shape = cuda_blocks.shape(dim, heads, vector, windows)
     stages, shared = cuda_blocks.stages(shape, dim, vector, windows)
     constants = {
         "D": dim,
@@ -228,16 +232,12 @@ def kernels(
         "VALUE_WINDOW": windows[1],
         "EVEN": int(even),
         "PAGE": page,
-        "CLUSTER": cluster,
     }
-    together = f"#define TOGETHER {f'__cluster_dims__(1, {cluster}, 1)' if cluster > 1 else ''}"
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
     grids = f"constexpr Book KEY_BOOK = {books[0]}, VALUE_BOOK = {books[1]};"
-    parts = "words.cuh", "codes.cuh", numbers, grids, together, "join.cuh", "windows.cuh", "stages.cuh", "decode.cu"
-    text = nvrtc.source(*parts)
+    parts = "words.cuh", "codes.cuh", numbers, grids, "deal.cuh", "join.cuh", "windows.cuh", "stages.cuh", "decode.cu"
+    joining = nvrtc.source(numbers, "deal.cuh", "join.cuh", "combine.cu")
     return (
-        nvrtc.Kernel("decode", text, threads=32 * shape.warps, capability=capability, shared=shared),
-        nvrtc.Kernel(
-            "combine", nvrtc.source(numbers, "join.cuh", "combine.cu"), threads=32 * ways, capability=capability
-        ),
+        nvrtc.Kernel("decode", nvrtc.source(*parts), threads=32 * shape.warps, capability=capability, shared=shared),
+        nvrtc.Kernel("combine", joining, threads=32 * ways, capability=capability),
     )

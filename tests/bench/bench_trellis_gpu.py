@@ -97,9 +97,9 @@ def warps(count: int | None) -> Iterator[None]:
     """Let a block of attention over trellis codes have so many warps."""
     chosen = cuda_blocks.shape
 
-    def varied(dim: int, heads: int, *, trellis: bool = False) -> Any:
-        shape = chosen(dim, heads, trellis=trellis)
-        return shape._replace(warps=count) if trellis and count else shape
+    def varied(dim: int, heads: int, vector: int, windows: tuple[int, int]) -> Any:
+        shape = chosen(dim, heads, vector, windows)
+        return shape._replace(warps=count) if any(windows) and count else shape
 
     with mock.patch.object(cuda_blocks, "shape", varied):
         cuda.kernels.cache_clear()
