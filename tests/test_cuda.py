@@ -238,11 +238,11 @@ MUTANTS = {
     "rings do not close": ("((N * lane + N) % L::WORDS)", "((N * lane + N - 1) % L::WORDS)", RINGS),
     "rings of half a word do not close": ("(2 * lane + 2) % L::ROW) << 16", "2 * lane) << 16", SMALL_RINGS),
     "windows that begin in a word's last bits": ("funnel(low, high, at - 7)", "low >> (at - 7)", RINGS),
-    "neighbours have the same level": ("levels[i / 32 >> bits & last]", "levels[i / 32 & last]", RINGS),
+    "neighbours have the same level": ("levels[window >> bits & last]", "levels[window & last]", RINGS),
     "neighbours of values change places": ("second, 0x7632)", "second, 0x7610)", RINGS),
     "what halves of queries leave": ("return TWO_HALVES ? x + rest : x;", "return x;", RINGS),
     "values have the levels of keys": ("apart = any_lane(apart);", "apart = false;", APART),
-    "keys have the levels of values": ("(!apart || i % 32 < 16)", "!apart", APART),
+    "keys have the levels of values": ("(!apart || lane < 16)", "!apart", APART),
 }  # fmt: skip
 
 
