@@ -243,7 +243,7 @@ MUTANTS = {
     "parts of the total": ("total += totals[w];", "", PARTS),
     "heads of other warps": ("head = warp; head < heads; head += WARPS", "head = warp; head < 1; head += WARPS", HEADS),
     "rotated back by another's signs": ("x, top, sum, value_signs, out", "x, top, sum, key_signs, out", CUT),
-    "a line's first part is elsewhere": ("= place_of(from + p, p == 0, column);", "= place_of(from + p, false, column);", CUT),
+    "a line's first part is elsewhere": ("(from + p, p == 0, column);", "(from + p, false, column);", CUT),
     "rows begin where the last one did": ("if (lane & mask) ahead += other;", "", CUT),
     "a line that goes on begins again": ("if (offset) first = origin", "if (false) first = origin", CUT),
     "a line that is cut does not end": ("stop = stop < end ? stop : end;", "", CUT),
@@ -251,11 +251,11 @@ MUTANTS = {
     "rings do not close": ("((N * lane + N) % L::WORDS)", "((N * lane + N - 1) % L::WORDS)", RINGS),
     "rings of half a word do not close": ("(2 * lane + 2) % L::ROW) << 16", "2 * lane) << 16", SMALL_RINGS),
     "windows that begin in a word's last bits": ("funnel(low, high, at - 7)", "low >> (at - 7)", RINGS),
-    "neighbours have the same level": ("levels[i / 32 >> bits & last]", "levels[i / 32 & last]", RINGS),
-    "neighbours of values change places": ("permute(first, second, 0x7632)", "permute(first, second, 0x7610)", RINGS),
+    "neighbours have the same level": ("levels[window >> bits & last]", "levels[window & last]", RINGS),
+    "neighbours of values change places": ("second, 0x7632)", "second, 0x7610)", RINGS),
     "what halves of queries leave": ("return TWO_HALVES ? x + rest : x;", "return x;", RINGS),
     "values have the levels of keys": ("apart = any_lane(apart);", "apart = false;", APART),
-    "keys have the levels of values": ("(!apart || i % 32 < 16)", "!apart", APART),
+    "keys have the levels of values": ("(!apart || lane < 16)", "!apart", APART),
 }  # fmt: skip
 
 

@@ -39,8 +39,9 @@ def _unreadable_trellis(quantizer: Trellis) -> str | None:
         return f"have trellis codes, for which compute capability {lowest[0]}.{lowest[1]} has too little shared memory"
     if code.kind != "table":
         return f"have trellis codes of kind {code.kind}, not table"
-    if sum(map(len, code.tables)) > 1:
-        return f"have trellis codes with {sum(map(len, code.tables))} tables, more than one"
+    tables = sum(map(len, code.tables))
+    if tables > 1:
+        return f"have trellis codes with {tables} tables, more than one"
     if code.widths[0] > 2:
         return f"have trellis codes of {code.widths[0]} bits, more than 2"
     if code.dim not in (64, 128, 256)[code.widths[0] == 1 :]:

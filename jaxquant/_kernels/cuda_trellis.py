@@ -21,8 +21,9 @@ _SHARED = 227 * 1024  # bytes of a multiprocessor's shared memory
 def uncodable(quantizer: Trellis) -> str | None:
     """Say why the kernel cannot search for codes, or return None where it can."""
     code = quantizer.code
-    if sum(map(len, code.tables)) > 1:
-        return f"have trellis codes with {sum(map(len, code.tables))} tables, more than one"
+    tables = sum(map(len, code.tables))
+    if tables > 1:
+        return f"have trellis codes with {tables} tables, more than one"
     for name, value, possible in (
         ("a trellis of kind", code.kind, ("table",)),
         ("bits", code.widths[0], BITS),

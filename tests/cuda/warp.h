@@ -106,6 +106,13 @@ DEVICE bool any_lane(bool x) {
     meet_warp();
     return found;
 }
+DEVICE u32 shuffle(u32 x, int lane) {
+    deposits[current][0] = x;
+    meet_warp();
+    u32 y = deposits[current / 32 * 32 + lane][0];
+    meet_warp();
+    return y;
+}
 DEVICE u32 shuffle_xor(u32 x, int mask) {
     deposits[current][0] = x;
     meet_warp();

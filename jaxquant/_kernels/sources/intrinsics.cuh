@@ -24,6 +24,7 @@ DEVICE int blocks_y() { return gridDim.y; }
 DEVICE void sync() { __syncthreads(); }
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 DEVICE u32 load16(const u8* p) { return *(const u16*)p; }
