@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jaxquant import _attention_peers, _stacks, _stopwatch, attention, cache, packing
+from jaxquant import _attention_peers, _ejkernel_peer, _stacks, _stopwatch, attention, cache, packing
 from jaxquant.methods import turboquant
 from jaxquant.quantizers import Quantized
 
@@ -104,7 +104,7 @@ def error(shape: Shape, bits: tuple[int, int], implementation: str | None) -> fl
         >>> error(Shape(batch=1, tokens=100, heads=2, kv_heads=1, dim=64), (4, 2), "xla") < 1e-5
         True
     """
-    batch, tokens = (min(pair) for pair in zip((shape.batch, shape.tokens), _REFERENCE, strict=True))
+    batch, tokens = _reference(shape)
     keys, values = turboquant.kv(jax.random.key(0), dim=shape.dim, bits_k=bits[0], bits_v=bits[1])
     c = cache.init(keys, values, layers=2, batch=batch, kv_heads=shape.kv_heads, capacity=tokens)
     x = jax.random.normal(jax.random.key(2), (2, batch, tokens, shape.kv_heads, shape.dim))
@@ -124,15 +124,21 @@ def error(shape: Shape, bits: tuple[int, int], implementation: str | None) -> fl
 
 
 def measure(
-    shape: Shape, bits: Sequence[tuple[int, int]], implementations: Sequence[str], bandwidth: float
+    shape: Shape,
+    bits: Sequence[tuple[int, int]],
+    implementations: Sequence[str],
+    bandwidth: float,
+    *,
+    ejkernel: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Time the bfloat16 peers, then every pair of bits with every implementation.
+    """Time the bfloat16 peers, then every pair of bits with every implementation, and with ejkernel's where asked.
 
     Args:
         shape: of the step.
         bits: pairs of bits of keys and bits of values.
         implementations: names that `attention.decode_attention` takes.
         bandwidth: in bytes a second, as `_stopwatch.read_bandwidth` measures it.
+        ejkernel: whether its attention over codes, which codes the step's token too, is timed.
 
     Yields:
         What a row of a table holds. Times are in milliseconds; `share` is of the bandwidth; `speedup` is over the
@@ -145,13 +151,24 @@ def measure(
         best = min(best, row.get("ms", math.inf))
         yield row
     for pair in bits:
-        for name in implementations:
+        calls = [
+            (name, functools.partial(_compressed, shape, pair, name), functools.partial(error, shape, pair, name))
+            for name in implementations
+        ]
+        sizes = [shape.nbytes(pair)] * len(calls)
+        if ejkernel:
+            fields = dataclasses.asdict(shape)
+            small = fields | dict(zip(("batch", "tokens"), _reference(shape), strict=True))
+            for platform in _ejkernel_peer.PLATFORMS:
+                timed = functools.partial(_ejkernel_peer.seconds, platform, pair, **fields)
+                checked = functools.partial(_ejkernel_peer.error, platform, pair, **small)
+                calls.append((f"ejkernel {platform}", timed, checked))
+                sizes.append(_ejkernel_peer.nbytes(shape.batch, shape.tokens, shape.kv_heads, shape.dim))
+        for (name, timed, checked), nbytes in zip(calls, sizes, strict=True):
             row = {"batch": shape.batch, "tokens": shape.tokens, "bits": f"K{pair[0]}V{pair[1]}"}
             row["implementation"] = name
-            compressed = functools.partial(_compressed, shape, pair, name)
-            row |= _attempt(compressed, shape.nbytes(pair), bandwidth)
+            row |= _attempt(timed, nbytes, bandwidth, checked)
             if "ms" in row:
-                row["error"] = error(shape, pair, name)
                 row["speedup"] = best / row["ms"] if best < math.inf else None
             yield row
 
@@ -176,12 +193,19 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     plt.close(figure)
 
 
-def _attempt(call: Callable[[], float], nbytes: int, bandwidth: float) -> dict[str, Any]:
+def _reference(shape: Shape) -> tuple[int, int]:
+    return min(shape.batch, _REFERENCE[0]), min(shape.tokens, _REFERENCE[1])
+
+
+def _attempt(
+    call: Callable[[], float], nbytes: int, bandwidth: float, check: Callable[[], float] | None = None
+) -> dict[str, Any]:
     try:
         seconds = call()
+        errors = {} if check is None else {"error": check()}
     except Exception as problem:  # a peer may lack its library, its GPU or the memory, each with an error of its own
         return {"failed": f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:200]}
-    return {"ms": seconds * 1e3, "bytes": nbytes, "share": nbytes / seconds / bandwidth}
+    return {"ms": seconds * 1e3, "bytes": nbytes, "share": nbytes / seconds / bandwidth} | errors
 
 
 def _compressed(shape: Shape, bits: tuple[int, int], implementation: str) -> float:

@@ -244,8 +244,7 @@ def _typical(
     """Give a power of two near the geometric mean of the vectors' largest numbers, which no single vector moves far."""
     peak = jnp.max(jnp.abs(x), axis=-1)
     counts = real & (peak > 0) & jnp.isfinite(peak)
-    powers = jnp.sum(jnp.where(counts, jnp.log2(jnp.where(counts, peak, 1.0)), 0.0), axis=2)
-    mean = powers / jnp.maximum(jnp.sum(counts, axis=2), 1)
+    mean = jnp.nan_to_num(jnp.mean(jnp.log2(jnp.where(counts, peak, 1.0)), axis=2, where=counts))
     return jnp.ldexp(jnp.float32(1), jnp.clip(jnp.round(mean), -60, 60).astype(jnp.int32))[..., None, None]
 
 
