@@ -116,6 +116,15 @@ def test_heads_that_share_a_kv_head(small, heads):
         test_attention.assert_same([got[0][:, :, ::-1]], [np.asarray(want[0], np.float64)])
 
 
+def test_tokens_that_the_last_blocks_share_count_once(small):
+    """A full cache of 64 tokens in blocks of 12: the sixth block begins where the fifth must end."""
+    q, k, v = test_attention.tokens(9, new=CAPACITY)
+    c = cache.append(test_attention.empty(), 0, k[:, :-4], v[:, :-4], mask=jnp.arange(60) < jnp.array([[60], [57]]))
+    chunks = (q[:, -4:], k[:, -4:], v[:, -4:], c, 0)
+    got, want = (attention.prefill_attention(*chunks, implementation=name)[:2] for name in ("flash", "xla"))
+    test_attention.assert_same(got, [np.asarray(x, np.float64) for x in want])
+
+
 def lonely(size_q=1.0, size_v=1.0, seed=2):
     """Prefill after a past by both, with queries and values of some size: relative difference, lse difference."""
     keys, values = turboquant.kv(jax.random.key(7), dim=64, bits_k=4, bits_v=4)
@@ -165,7 +174,9 @@ def test_choice(monkeypatch):
     def chosen(dtype, **how):
         jax.clear_caches()
         seen.clear()
-        attention.prefill_attention(q.astype(dtype), k, v, test_attention.empty(), 0, **how)
+        jax.eval_shape(
+            lambda q, c: attention.prefill_attention(q, k, v, c, 0, **how), q.astype(dtype), test_attention.empty()
+        )
         return bool(seen)
 
     assert not chosen("bfloat16")
