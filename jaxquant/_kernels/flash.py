@@ -143,7 +143,9 @@ def attend(
             pair = [xla.expand(x, y, index, first, size) for x, y in zip((keys, values), stores, strict=True)]
             return xla.merge([carry, part(projected, pair, real & (held > 0)[:, None], lengths=held)])
 
-        coded = lax.fori_loop(0, -(-jnp.max(edge - sinks) // size), block, nothing)
+        past = jnp.max(edge - sinks)
+        blocks = jnp.where(past > last, -(-stack.slots // size), -(-past // size))
+        coded = lax.fori_loop(0, blocks, block, nothing)
         if not exact:
             seen = real & (position - window >= edge[:, None])
             first = None if aligned else start - window - edge
