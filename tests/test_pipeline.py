@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tiny_llama
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jaxquant import attention, cache, evaluate, models, pipeline, quantizers, strategies
 from jaxquant.methods import csa_hca, delta, h2o, kivi, knorm, palm, snapkv, stability, streamingllm, tiered, turboquant
