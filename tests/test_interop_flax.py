@@ -232,7 +232,7 @@ def test_rows_of_padding_may_be_hidden_as_well_as_columns():
     valid, x = np.ones((BATCH, 6)), jnp.asarray(inputs()[:, :6])
     valid[0, 4:] = valid[1, :2] = 0
     columns = padded(valid)
-    both = columns * jnp.asarray(valid)[:, None, :, None]  # as nnx.make_attention_mask(valid, valid) would have it
+    both = jnp.where(jnp.asarray(valid)[:, None, :, None] > 0, columns, 0)
     model, other = (flax.attach(Parallel(), empty()) for _ in range(2))
     out, same = model(x, columns), other(x, both)
     np.testing.assert_array_equal(out, same)
