@@ -220,7 +220,15 @@ def joined(cache: KVCache) -> KVCache:
     if cache.spread is None:
         return cache
     order = cache.spread.order()
-    return _recoded(cache, lambda leaf: jnp.take(leaf, order, axis=3), None)
+
+    def put_back(leaf: Array) -> Array:
+        place = jax.typeof(leaf).sharding  # knows axes of the mesh only where they are explicit
+        if any(axis is not None for axis in place.spec[3:4]):
+            whole = PartitionSpec(*place.spec[:3], None, *place.spec[4:])
+            leaf = jax.sharding.reshard(leaf, NamedSharding(place.mesh, whole))
+        return jnp.take(leaf, order, axis=3)
+
+    return _recoded(cache, put_back, None)
 
 
 def _recoded(cache: KVCache, change: Callable[[Array], Array], spread: Spread | None) -> KVCache:

@@ -131,6 +131,15 @@ def test_a_cache_goes_from_one_layout_to_another(name, tmp_path):
             sharding.dealt(layout, moved)
 
 
+def test_tokens_are_put_back_where_axes_of_the_mesh_are_explicit():
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    layout = sharding.Layout(mesh, kv_heads="x", tokens="y", page=8)
+    one, many = filled(layout, {})
+    got, want = (cache.materialize(held, 1)[0][:, : one.capacity] for held in (sharding.joined(many), one))
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    assert not np.array_equal(np.asarray(got), np.asarray(want)[::-1])
+
+
 def test_a_full_cache_drops_tokens_alike(layout):
     q, k, v = tokens(4, 100)
     keep = KEEP["sinks and window"] | {"capacity": 67}
