@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -241,8 +241,17 @@ def _recoded(cache: KVCache, change: Callable[[Array], Array], spread: Spread | 
     return dataclasses.replace(cache, stacks=stacks, spread=spread)
 
 
-def _mapped(layout: Layout, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    return jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+def _mapped(layout: Layout, local: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
+    mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    types = dict(zip(layout.mesh.axis_names, layout.mesh.axis_types, strict=True))
+    if AxisType.Explicit not in types.values():
+        return mapped
+
+    def placed(leaf: Array, spec: PartitionSpec) -> Array:
+        known = (axis if types.get(axis) is AxisType.Explicit else None for axis in spec)
+        return jax.sharding.reshard(leaf, NamedSharding(layout.mesh, PartitionSpec(*known)))
+
+    return lambda *arrays: mapped(*jax.tree.map(placed, arrays, in_specs))
 
 
 def _split(layer: Index, **arrays: Any) -> tuple[int | None, dict[str, Any]]:

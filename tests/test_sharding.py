@@ -131,13 +131,18 @@ def test_a_cache_goes_from_one_layout_to_another(name, tmp_path):
             sharding.dealt(layout, moved)
 
 
-def test_tokens_are_put_back_where_axes_of_the_mesh_are_explicit():
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
-    layout = sharding.Layout(mesh, kv_heads="x", tokens="y", page=8)
-    one, many = filled(layout, {})
-    got, want = (cache.materialize(held, 1)[0][:, : one.capacity] for held in (sharding.joined(many), one))
-    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
-    assert not np.array_equal(np.asarray(got), np.asarray(want)[::-1])
+@pytest.mark.parametrize("second", ["Explicit", "Auto"])
+def test_axes_of_a_mesh_may_be_explicit(second):
+    types = (jax.sharding.AxisType.Explicit, jax.sharding.AxisType[second])
+    layout = sharding.Layout(jax.make_mesh((2, 2), ("x", "y"), axis_types=types), kv_heads="x", tokens="y", page=8)
+    one, many = filled(layout, KEEP["sinks and window"])
+    q, _, _ = tokens(1, 1)
+    want = attention.decode_attention(q[:, 0], one, 1)
+    assert_close(sharding.decode_attention(layout, q[:, 0], many, 1), want)
+    many = sharding.joined(many)
+    got, want = (np.asarray(cache.materialize(held, 1)[0])[:, : one.capacity] for held in (many, one))
+    np.testing.assert_array_equal(got, want)
+    assert not np.array_equal(got, want[::-1])
 
 
 def test_a_full_cache_drops_tokens_alike(layout):
