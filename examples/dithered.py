@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxquant import packing, quantizers
-from jaxquant._pytree import pytree, static
+from jaxquant.protocols import pytree, static
 
 
 @pytree

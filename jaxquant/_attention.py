@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxquant import _stacks
-from jaxquant._kernels import cuda, pallas, xla
+from jaxquant._kernels import cuda, flash, pallas, xla
 from jaxquant._stacks import Index, KVCache, Stack, switch
 
 _QUERY_CHUNK = 256  # tokens of a prefill chunk that are scored at a time
@@ -52,7 +52,7 @@ def decode(
     return switch(cache, layer, stack, attend)
 
 
-@functools.partial(jax.jit, static_argnames=("stack", "exact"))
+@functools.partial(jax.jit, static_argnames=("stack", "exact", "chosen", "span"))
 def prefill(
     before: KVCache,
     after: KVCache,
@@ -64,6 +64,8 @@ def prefill(
     mask: Array | None,
     rule: xla.Rule,
     exact: bool,
+    chosen: tuple[str, ...],
+    span: int | None,
 ) -> tuple[Array, Array]:
     new = q.shape[1]
     start, exact_from = before.length[layer], before.exact_from[layer]
@@ -81,6 +83,12 @@ def prefill(
         # Entry e of the band is the token at position start - window + e.
         banded = exact or held.window
         band = [_band(old, index, start, x, i) for i, x in enumerate((k, v))] if banded else []
+        if chosen[which] == "flash":
+            queries, where = rows_of(q, kv_heads), repeated(position, q.shape[2] // kv_heads)
+            held_by_row = (start, count, exact_from)
+            parts = flash.attend(held, index, queries, v, band, *held_by_row, rule, exact=exact, span=span)
+            out, lse = xla.merge(parts + _sinks(held, index, queries, where, rule))
+            return heads_of(out, new).astype(q.dtype), heads_of(lse[..., None], new)[..., 0]
 
         def chunk(first: Int[Array, ""], size: int) -> tuple[Array, Array]:
             where = repeated(lax.dynamic_slice_in_dim(position, first, size, axis=1), q.shape[2] // kv_heads)

@@ -72,11 +72,13 @@ class JaxModel:
         return np.asarray(logits), cache
 
 
-@functools.partial(jax.jit, static_argnames="graph")
+# Timing several ways of a product on a GPU, each process would choose one of its own, which rounds in its own way.
+@functools.partial(jax.jit, static_argnames="graph", compiler_options={"xla_gpu_autotune_level": 0})
 def _step(
     graph: nnx.GraphDef, weights: PyTree, cache: KVCache, ids: Int[Array, "1 new"]
 ) -> tuple[Float[Array, " vocabulary"], KVCache]:
     decoder: Decoder = nnx.merge(graph, weights)
-    hidden, extended = decoder.hidden(ids, cache)
-    assert isinstance(extended, KVCache)
-    return decoder.logits(hidden[:, -1:])[0, 0], extended
+    with jax.default_matmul_precision("highest"):  # of float32 as PyTorch multiplies it
+        hidden, extended = decoder.hidden(ids, cache)
+        assert isinstance(extended, KVCache)
+        return decoder.logits(hidden[:, -1:])[0, 0], extended

@@ -35,6 +35,8 @@ class Candidate:
 
     def nbytes(self, *, batch: int, tokens: int) -> int:
         """Count the bytes of its cache without making it."""
+        if self.trial.prepared is not None:
+            return self.trial.prepared.nbytes(batch=batch, capacity=max(tokens, self.trial.sinks + 1))
         shapes = jax.eval_shape(lambda: self.trial.cache(batch, max(tokens, self.trial.sinks + 1)))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
@@ -65,8 +67,9 @@ def candidates(
     window: int,
     seed: int,
     calibrations: Iterable[Path] = (),
+    own: Trial | None = None,
 ) -> list[Candidate]:
-    """Build every method at every pair of bits, and what calibrations of the model say.
+    """Build every method at every pair of bits, and what calibrations of the model and its own folder say.
 
     Args:
         model: to compress the cache of.
@@ -76,6 +79,7 @@ def candidates(
         window: newest tokens of a row that stay exact.
         seed: of what is random.
         calibrations: files of this model.
+        own: what the model's folder says of its cache, with sinks and window of its own.
 
     Raises:
         ValueError: there is no such method, it does not go with the bits, a calibration is of another model, or there
@@ -107,6 +111,9 @@ def candidates(
         made = files.read(path)
         made.check(model)
         add("calibrated", f"{made.bits:.2f} bits, {path.name}", (made.keys, made.values))
+    if own is not None:
+        label = f"{own.sinks} sinks, window {own.window}"
+        found[f"converted {label}"] = Candidate(name=f"converted {label}", method="converted", bits=label, trial=own)
     if not found:
         raise ValueError("there is nothing to measure: name at least one method, or a calibration")
     return list(found.values())

@@ -8,15 +8,17 @@ input was cut into chunks, unless `prefill_attention` is asked for more. Parts a
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxquant import _attention
-from jaxquant._kernels import cuda, nvrtc, pallas, xla
+from jaxquant._kernels import cuda, flash, nvrtc, pallas, xla
 from jaxquant._stacks import Index, KVCache, resolve
 from jaxquant.cache import append
 from jaxquant.protocols import Cache
 
 Implementation = Literal["xla", "cuda", "pallas"]
+PrefillImplementation = Literal["xla", "flash"]
 Number = float | Float[Array, ""]
 
 
@@ -84,6 +86,7 @@ def prefill_attention(
     sliding_window: int | Integer[Array, ""] | None = None,
     visible: Bool[Array, "batch capacity"] | None = None,
     chunk: Literal["codes", "exact"] = "codes",
+    implementation: PrefillImplementation | None = None,
 ) -> tuple[Float[Array, "batch new heads dim"], Float[Array, "batch new heads"], KVCache]:
     """Append a chunk of tokens to one layer and attend causally from each of them.
 
@@ -101,12 +104,16 @@ def prefill_attention(
         chunk: how the chunk's own tokens are read: "codes" as decoding will read them, whatever the chunks were;
             "exact" as they are given, with the whole exact window before them, which is closer to attention without a
             cache, and depends on how the input was cut.
+        implementation: "xla" runs everywhere, in float32, and is the reference; "flash" decodes blocks of tokens to
+            float16 for cuDNN's kernel, or for JAX's own attention where there is none; None takes "flash" for queries
+            of 16 bits on an NVIDIA GPU where it can read this cache, and "xla" elsewhere.
 
     Returns:
         The output in q's dtype, the natural log-sum-exp of the scores in float32, and the cache after the append.
 
     Raises:
-        ValueError: a shape does not fit the cache, or an argument is out of range.
+        ValueError: a shape does not fit the cache, an argument is out of range, or the implementation that was asked
+            for cannot read this cache.
 
     Example:
         >>> from jaxquant import cache
@@ -120,12 +127,18 @@ def prefill_attention(
     """
     after = append(cache, layer, k, v, mask=mask)
     _check_queries("q", q, (cache.batch, k.shape[1], "heads", cache.dim), heads_axis=2, cache=cache)
+    span = int(sliding_window) if isinstance(sliding_window, int | np.integer) else None
+    if span is not None and span >= cache.capacity:
+        span = sliding_window = None
     rule = _rule(cache, scale, soft_cap, sliding_window, visible)
     if not q.shape[1]:
         return q, jnp.zeros(q.shape[:3], jnp.float32), after
     if chunk not in ("codes", "exact"):
         raise ValueError(f"chunk must be 'codes' or 'exact', got {chunk!r}")
-    out, lse = _attention.prefill(cache, after, *resolve(cache, layer), q, k, v, mask, rule, exact=chunk == "exact")
+    exact = chunk == "exact"
+    chosen = _choose_prefill(implementation, cache, q, rule, span, exact=exact)
+    span = span if "flash" in chosen else None  # numbers that only rules need do not retrace
+    out, lse = _attention.prefill(cache, after, *resolve(cache, layer), q, k, v, mask, rule, exact, chosen, span)
     return out, lse, after
 
 
@@ -230,3 +243,25 @@ def _choose(implementation: Implementation | None, cache: KVCache, heads: int, r
     if implementation is not None and all(obstacles):
         raise ValueError(f"implementation {implementation!r} cannot read this cache: {obstacles[0]}")
     return tuple("xla" if obstacle else implementation or "cuda" for obstacle in obstacles)
+
+
+def _choose_prefill(
+    implementation: PrefillImplementation | None,
+    cache: KVCache,
+    q: Array,
+    rule: xla.Rule,
+    span: int | None,
+    *,
+    exact: bool,
+) -> tuple[str, ...]:
+    """Give the implementation for each stack."""
+    if implementation not in (None, *PrefillImplementation.__args__):
+        raise ValueError(f"implementation must be None, 'xla' or 'flash', got {implementation!r}")
+    narrow = q.dtype in (jnp.bfloat16, jnp.float16)
+    if implementation == "xla" or (implementation is None and not (narrow and flash.missing() is None)):
+        return ("xla",) * len(cache.stacks)
+    limits = {"exact": exact, "spread": cache.spread}
+    obstacles = [flash.unsupported(stack, q.shape[1], rule, span, **limits) for stack in cache.stacks]
+    if implementation is not None and all(obstacles):
+        raise ValueError(f"implementation {implementation!r} cannot read this cache: {obstacles[0]}")
+    return tuple("xla" if obstacle else "flash" for obstacle in obstacles)

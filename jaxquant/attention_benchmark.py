@@ -1,8 +1,8 @@
 """How fast decode attention over codes is, beside attention over bfloat16 and the memory's read bandwidth in one run.
 
 Every time is the median of several runs of one jitted loop, in which each call's queries depend on the result of the
-call before, divided by the number of calls: dispatch from Python does not count. Loops walk over several layers until
-these exceed any cache of the processor, as a model's decode step does.
+call before, divided by the number of calls: dispatch from Python does not count. A step of a loop is several layers,
+until these exceed any cache of the processor, as a model's decode step does.
 """
 
 import dataclasses
@@ -15,12 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array
 
 from jaxquant import _attention_peers, _stacks, _stopwatch, attention, cache, packing
 from jaxquant.methods import turboquant
+from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import Quantized
+
+Pair = tuple[Quantizer, Quantizer]
 
 _REFERENCE = 2, 1500  # rows and tokens on which errors are measured
 
@@ -75,10 +77,19 @@ def widths(name: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def filled(shape: Shape, bits: tuple[int, int], *, layers: int) -> _stacks.KVCache:
+def scalars(bits: tuple[int, int], dim: int) -> Pair:
+    """Make TurboQuant's quantizers, for keys and values of so many bits.
+
+    Example:
+        >>> scalars((4, 2), 64)[1].bits
+        2
+    """
+    return turboquant.kv(jax.random.key(0), dim=dim, bits_k=bits[0], bits_v=bits[1])
+
+
+def filled(shape: Shape, pair: Pair, *, layers: int) -> _stacks.KVCache:
     """Make a full cache of random codes and likely scales: to be timed, without any uncompressed data on the way."""
-    keys, values = turboquant.kv(jax.random.key(0), dim=shape.dim, bits_k=bits[0], bits_v=bits[1])
-    made = cache.init(*(keys, values), layers=layers, batch=shape.batch, kv_heads=shape.kv_heads, capacity=shape.tokens)
+    made = cache.init(*pair, layers=layers, batch=shape.batch, kv_heads=shape.kv_heads, capacity=shape.tokens)
     stack = made.stacks[0]
 
     def store(old: _stacks.Store, seed: int) -> _stacks.Store:
@@ -97,16 +108,15 @@ def filled(shape: Shape, bits: tuple[int, int], *, layers: int) -> _stacks.KVCac
     return dataclasses.replace(made, stacks=(full,), length=jnp.full_like(made.length, shape.tokens))
 
 
-def error(shape: Shape, bits: tuple[int, int], implementation: str | None) -> float:
+def error(shape: Shape, pair: Pair, implementation: str | None) -> float:
     """Compare with attention in float64 over the decoded cache: relative error, on real codes and ragged rows.
 
     Example:
-        >>> error(Shape(batch=1, tokens=100, heads=2, kv_heads=1, dim=64), (4, 2), "xla") < 1e-5
+        >>> error(Shape(batch=1, tokens=100, heads=2, kv_heads=1, dim=64), scalars((4, 2), 64), "xla") < 1e-5
         True
     """
-    batch, tokens = (min(pair) for pair in zip((shape.batch, shape.tokens), _REFERENCE, strict=True))
-    keys, values = turboquant.kv(jax.random.key(0), dim=shape.dim, bits_k=bits[0], bits_v=bits[1])
-    c = cache.init(keys, values, layers=2, batch=batch, kv_heads=shape.kv_heads, capacity=tokens)
+    batch, tokens = (min(two) for two in zip((shape.batch, shape.tokens), _REFERENCE, strict=True))
+    c = cache.init(*pair, layers=2, batch=batch, kv_heads=shape.kv_heads, capacity=tokens)
     x = jax.random.normal(jax.random.key(2), (2, batch, tokens, shape.kv_heads, shape.dim))
     length = tokens - 7 * jnp.arange(batch)[:, None] % tokens
     c = cache.append(c, 1, x[0], x[1] + 0.5, mask=jnp.arange(tokens) < length)
@@ -144,12 +154,12 @@ def measure(
         row |= _attempt(peer, shape.exact_bytes, bandwidth)
         best = min(best, row.get("ms", math.inf))
         yield row
-    for pair in bits:
+    for bits_k, bits_v in bits:
+        pair = scalars((bits_k, bits_v), shape.dim)
         for name in implementations:
-            row = {"batch": shape.batch, "tokens": shape.tokens, "bits": f"K{pair[0]}V{pair[1]}"}
+            row = {"batch": shape.batch, "tokens": shape.tokens, "bits": f"K{bits_k}V{bits_v}"}
             row["implementation"] = name
-            compressed = functools.partial(_compressed, shape, pair, name)
-            row |= _attempt(compressed, shape.nbytes(pair), bandwidth)
+            row |= _attempt(functools.partial(seconds, shape, pair, name), shape.nbytes((bits_k, bits_v)), bandwidth)
             if "ms" in row:
                 row["error"] = error(shape, pair, name)
                 row["speedup"] = best / row["ms"] if best < math.inf else None
@@ -178,22 +188,24 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
 
 def _attempt(call: Callable[[], float], nbytes: int, bandwidth: float) -> dict[str, Any]:
     try:
-        seconds = call()
+        taken = call()
     except Exception as problem:  # a peer may lack its library, its GPU or the memory, each with an error of its own
         return {"failed": f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:200]}
-    return {"ms": seconds * 1e3, "bytes": nbytes, "share": nbytes / seconds / bandwidth}
+    return {"ms": taken * 1e3, "bytes": nbytes, "share": nbytes / taken / bandwidth}
 
 
-def _compressed(shape: Shape, bits: tuple[int, int], implementation: str) -> float:
-    layers = _stopwatch.layers(shape.nbytes(bits))
-    held = filled(shape, bits, layers=layers)
+def seconds(shape: Shape, pair: Pair, implementation: str) -> float:
+    """Time a decode step of one layer over a full cache of codes."""
+    vector = [jax.eval_shape(made.quantize, jax.ShapeDtypeStruct((shape.dim,), jnp.float32)) for made in pair]
+    each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(vector))
+    layers = _stopwatch.layers(shape.batch * shape.tokens * shape.kv_heads * each)
+    held = filled(shape, pair, layers=layers)
 
     def step(q: Array, held: _stacks.KVCache) -> Array:
-        def body(layer: Array, q: Array) -> Array:
+        for layer in range(layers):  # as the peers do, and as decoders are traced: XLA makes graphs of launches
             out, _ = attention.decode_attention(q, held, layer, implementation=implementation)  # pyright: ignore
-            return _stopwatch.chained(q, out)
-
-        return lax.fori_loop(0, layers, body, q)
+            q = _stopwatch.chained(q, out)
+        return q
 
     queries = jax.random.normal(jax.random.key(1), (shape.batch, shape.heads, shape.dim), jnp.bfloat16)
     return _stopwatch.median(step, queries, held) / layers

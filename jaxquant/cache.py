@@ -8,7 +8,6 @@ Layers are stacked on a leading axis. Layers named in `exact_layers` form a seco
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
@@ -17,9 +16,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from jaxquant import _stacks
+from jaxquant import _cache, _stacks
 from jaxquant._kernels import cuda_encode, nvrtc
-from jaxquant._stacks import Index, KVCache, Stack, Store, resolve, switch
+from jaxquant._stacks import Index, KVCache, Stack, Store, resolve
 from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import Exact
 
@@ -148,7 +147,7 @@ def append(
             )
     if mask is not None and mask.shape != k.shape[:2]:
         raise ValueError(f"mask must have shape [batch, new] = {list(k.shape[:2])}, got {list(mask.shape)}")
-    return _append(cache, *resolve(cache, layer), k, v, mask, _choose(implementation, cache))
+    return _cache.append(cache, *resolve(cache, layer), k, v, mask, _choose(implementation, cache))
 
 
 def _choose(implementation: Implementation | None, cache: KVCache) -> tuple[tuple[bool, bool], ...]:
@@ -162,42 +161,6 @@ def _choose(implementation: Implementation | None, cache: KVCache) -> tuple[tupl
     if implementation == "cuda" and all(obstacle for pair in obstacles for obstacle in pair):
         raise ValueError(f"implementation 'cuda' cannot code for this cache: {obstacles[0][0]}")
     return tuple((not keys, not values) for keys, values in obstacles)
-
-
-@functools.partial(jax.jit, static_argnames=("stack", "fused"))
-def _append(
-    cache: KVCache,
-    layer: Index,
-    stack: int | None,
-    k: Array,
-    v: Array,
-    mask: Array | None,
-    fused: tuple[tuple[bool, bool], ...],
-) -> KVCache:
-    start = cache.length[layer]
-    valid = jnp.ones(k.shape[:2], bool) if mask is None else mask
-    count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-    length = jnp.minimum(start + count[:, -1], cache.capacity) if k.shape[1] else start
-    position = jnp.where(valid, start[:, None] + count - 1, cache.capacity)
-
-    # Where the layer is known only at run time every stack is written to, all but one beyond its end, where writes are
-    # dropped: the branches of a conditional would copy a stack.
-    which, index = jnp.asarray(cache.places, jnp.int32)[layer]
-    stacks = list(cache.stacks)
-    for i, held in enumerate(stacks):
-        if stack in (i, None):
-            place = jnp.where(which == i, index, held.layers)
-            keys, values = (
-                _stacks.write(
-                    *(store, place, jnp.swapaxes(x, 1, 2), position, length),
-                    encode=cuda_encode.encode if fuse else None,
-                    spread=cache.spread,
-                )
-                for store, x, fuse in zip((held.keys, held.values), (k, v), fused[i], strict=True)
-            )
-            stacks[i] = Stack(keys=keys, values=values)
-
-    return dataclasses.replace(cache, stacks=tuple(stacks), length=cache.length.at[layer].set(length))
 
 
 def materialize(
@@ -217,33 +180,7 @@ def materialize(
     """
     if cache.spread is not None:
         raise ValueError("cache has its tokens dealt out to devices: give sharding.joined(cache)")
-    return _materialize(cache, *resolve(cache, layer))
-
-
-@functools.partial(jax.jit, static_argnames="stack")
-def _materialize(cache: KVCache, layer: Index, stack: int | None) -> tuple[Array, Array]:
-    length, exact_from = cache.length[layer], cache.exact_from[layer]
-    rows = jnp.arange(cache.batch, dtype=jnp.int32)[:, None]
-    held = jnp.arange(cache.capacity, dtype=jnp.int32) < length[:, None]
-
-    def decoded(store: Store, index: Index) -> Array:
-        sinks, window = store.sinks.shape[3], store.window.shape[3]
-        codes = jax.tree.map(lambda leaf: leaf[index], store.codes)
-        quantizer = store.at(index)
-        coded = quantizer.restore(quantizer.expand(codes))
-        x = jnp.concatenate([store.sinks[index].astype(jnp.float32), coded], axis=2)
-        if window:
-            position = _stacks.ring_positions(length, window)
-            exact = (position >= exact_from[:, None]) & (position >= sinks)
-            position = jnp.where(exact, position, cache.capacity)
-            recent = jnp.swapaxes(store.window[index], 1, 2).astype(jnp.float32)
-            x = x.at[rows, :, position].set(recent, mode="drop")
-        return jnp.swapaxes(jnp.where(held[:, None, :, None], x, 0.0), 1, 2)
-
-    def both(which: int, index: Index) -> tuple[Array, Array]:
-        return decoded(cache.stacks[which].keys, index), decoded(cache.stacks[which].values, index)
-
-    return switch(cache, layer, stack, both)
+    return _cache.materialize(cache, *resolve(cache, layer))
 
 
 @jax.jit

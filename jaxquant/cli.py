@@ -184,10 +184,12 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with and without compression, and measure what it saved and what it cost."""
+    from jaxquant import comparison
+
     chosen = _trial(model, method, bits_k, bits_v, sinks, window, seed, exact_tokens=(4, 32))
     with _console.bar() as bar:
-        report = chosen.compare(
-            prompt, max_tokens=max_tokens, text=text, rows=rows, seq_len=seq_len, progress=_console.advance(bar)
+        report = comparison.compare(
+            chosen, prompt, max_tokens=max_tokens, text=text, rows=rows, seq_len=seq_len, progress=_console.advance(bar)
         )
     if as_json:
         return _console.print_json(report)
@@ -234,6 +236,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, KL divergence, agreement and pass-key retrieval through the packed cache."""
+    from jaxquant import comparison
     from jaxquant.trial import Trial
 
     if calibration is None:
@@ -241,8 +244,8 @@ def evaluate(
     else:
         chosen = Trial.calibrated(model, calibration, sinks=sinks or 0, window=window or 0)
     with _console.bar() as bar:
-        report = chosen.measure(
-            tokens, start=start, rows=rows, seq_len=seq_len, needle_file=needles, needle_rows=needle_rows,
+        report = comparison.measure(
+            chosen, tokens, start=start, rows=rows, seq_len=seq_len, needle_file=needles, needle_rows=needle_rows,
             chunk=chunk, batch=batch, progress=_console.advance(bar),
         )  # fmt: skip
     if as_json:

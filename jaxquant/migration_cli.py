@@ -19,7 +19,8 @@ def migrate(
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prompt.")] = 1024,
     length: Annotated[list[int] | None, typer.Option(help="Tokens of a continuation; repeat for several.")] = None,
     torch: Annotated[
-        bool | None, typer.Option("--torch/--no-torch", help="Migrate to and from PyTorch too; default: if installed.")
+        bool | None,
+        typer.Option("--torch/--no-torch", help="Migrate to and from PyTorch too, in float32; default: if installed."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -171,8 +171,8 @@ class PipelineCache:
             length: tokens to keep, one number or one a row; rows that are shorter stay as they are.
 
         Raises:
-            ValueError: scorer or monitor has watched the attention of the tokens to forget, or some of these have left
-                the exact window: fork with `reorder` before they come instead.
+            ValueError: some of the tokens to forget have left the exact window, or scorer or monitor has watched their
+                attention: fork with `reorder` before they come instead.
 
         Example:
             >>> from jaxquant.methods import turboquant
@@ -182,23 +182,24 @@ class PipelineCache:
             >>> c.attend(x, x, x, 0)[2].crop(18).length
             Array([[18]], dtype=int32)
         """
-        scorer, monitor = self.pipeline.scorer, self.pipeline.monitor
-        watcher = scorer if isinstance(scorer, AttentiveScorer) else monitor
-        if watcher is not None:
-            raise ValueError(
-                f"{type(watcher).__name__} has watched the attention of tokens to forget, which cannot be taken back: "
-                "fork with reorder before they come"
-            )
         if np.shape(length) not in ((), (self.batch,)):
             raise ValueError(
                 f"length must be one number or {self.batch}, one a row, got shape {list(np.shape(length))}"
             )
-        kept = np.clip(np.asarray(length, np.int32), 0, np.asarray(self.state.length))
-        start = np.asarray(self.state.start)
-        if np.any((kept < start) & (start > self.state.sinks[0].shape[3])):
+        came, start = np.asarray(self.state.length), np.asarray(self.state.start)
+        kept = np.clip(np.asarray(length, np.int32), 0, came)
+        scorer, monitor = self.pipeline.scorer, self.pipeline.monitor
+        watcher = scorer if isinstance(scorer, AttentiveScorer) else monitor
+        if watcher is None:
+            least = np.where(start > self.state.sinks[0].shape[3], start, 0)
+            why = "earlier tokens have left the exact window"
+        else:
+            least = came
+            why = f"{type(watcher).__name__} has watched the attention of later ones, which cannot be taken back"
+        if np.any(kept < least):
             raise ValueError(
-                f"length must be at least {start.max(axis=0).tolist()}, one for each row, got {length}: earlier tokens "
-                "have left the exact window"
+                f"length must be at least {least.max(axis=0).tolist()}, one for each row, got {length}: {why}; fork "
+                "with reorder before tokens come that may have to go"
             )
         return dataclasses.replace(
             self,

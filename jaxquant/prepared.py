@@ -20,6 +20,7 @@ from jaxquant._stacks import KVCache, Stack, Store
 from jaxquant.codecs import v3
 from jaxquant.codecs.errors import CodecError, CorruptError, UnsupportedError
 from jaxquant.codecs.limits import Limits
+from jaxquant.protocols import Quantizer
 
 FILE = "cache.qatc"
 KEY = "jaxquant.cache"  # of the metadata that describes the cache
@@ -47,6 +48,13 @@ class Prepared:
     def window(self) -> int:
         """Newest tokens of a row that stay exact."""
         return max(stack.window for stack in self.template.stacks)
+
+    def quantizers(self) -> tuple[list[Quantizer], list[Quantizer]]:
+        """Give those of the keys, and those of the values, of every layer."""
+        held = [(self.template.stacks[stack], index) for stack, index in self.template.places]
+        halves = ([getattr(stack, half).at(index) for stack, index in held] for half in ("keys", "values"))
+        keys, values = (jax.tree.map(jnp.asarray, each) for each in halves)
+        return keys, values
 
     def cache(self, *, batch: int, capacity: int) -> KVCache:
         """Make an empty cache, the same as `cache.init` would, without asking the quantizers again.
@@ -76,6 +84,12 @@ class Prepared:
             exact_from=jax.device_put(counts),
             places=self.template.places,
         )
+
+    def nbytes(self, *, batch: int, capacity: int) -> int:
+        """Count the bytes that such a cache holds, without making it: they grow by as many with every token."""
+        least = self.sinks + 1
+        first, second = (self.cache(batch=batch, capacity=least + more).nbytes for more in (0, 1))
+        return first + (capacity - least) * (second - first)
 
 
 def write(folder: Path, cache: KVCache) -> None:

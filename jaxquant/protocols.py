@@ -1,15 +1,19 @@
 """The plug-in contract: what rotations, quantizers and the parts of a pipeline must offer.
 
-A plug-in is a frozen pytree dataclass (`jaxquant._pytree.pytree`) that satisfies one of these protocols. Nothing is
-registered: pass the object. Methods are plain functions of arrays, so they fuse into the caller's `jit`. Rotations and
-quantizers have no state and take any number of leading axes. Scorers, strategies and monitors take their state first
-and return it first, like the body of a `lax.scan`; every leaf of a state has the rows of the batch as its first axis.
+A plug-in is a frozen pytree dataclass (`@protocols.pytree`, with `protocols.static()` fields) that satisfies one of
+these protocols. Nothing is registered: pass the object. Methods are plain functions of arrays, so they fuse into the
+caller's `jit`. Rotations and quantizers have no state and take any number of leading axes. Scorers, strategies and
+monitors take their state first and return it first, like the body of a `lax.scan`; every leaf of a state has the rows
+of the batch as its first axis.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxquant._pytree import pytree as pytree
+from jaxquant._pytree import static as static
 
 
 @runtime_checkable

@@ -226,11 +226,11 @@ def _watched(found: Sequence[Candidate], rows: Sequence[Row], chosen: Row | None
 
 
 def _layers(candidate: Candidate, rows: Int[np.ndarray, "rows tokens"], progress: Progress) -> Sensitivity:
-    model = candidate.trial.model
-    assert not isinstance(candidate.trial.compression, Pipeline)
+    trial, model = candidate.trial, candidate.trial.model
+    halves = trial.compression if trial.prepared is None else trial.prepared.quantizers()
+    assert not isinstance(halves, Pipeline)
     keys, values = (
-        [half] * model.architecture.layers if isinstance(half, Quantizer) else list(half)
-        for half in candidate.trial.compression
+        [half] * model.architecture.layers if isinstance(half, Quantizer) else list(half) for half in halves
     )
     losses = sensitivity.measured(
         model.decoder, rows, keys, values, progress=lambda done, total: progress("layer by layer", done, total)

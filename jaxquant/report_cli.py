@@ -62,12 +62,16 @@ def report(
     seed: Annotated[int, typer.Option(help="Of rotations, pass keys and their places.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure many settings of one model's cache and write a page: what each saves, what it costs, which to take."""
+    """Measure many settings of one model's cache and write a page: what each saves, what it costs, which to take.
+
+    A folder that `jaxquant convert` wrote is measured with the cache that it describes too.
+    """
     from jaxquant import _report_inputs as inputs
-    from jaxquant import _report_page, models, plan
+    from jaxquant import _report_page, plan, prepared
     from jaxquant import report as measuring
     from jaxquant.attention_benchmark import widths
     from jaxquant.codecs import atomic
+    from jaxquant.trial import Trial, load_model
 
     began = time.perf_counter()
     _check_writable(output)
@@ -79,14 +83,16 @@ def report(
     with _console.bar() as bar:
         step = _console.advance(bar)
         step("reading the model", 0, 1)
-        found = models.load(model)
+        own = Trial.ready(model) if model is not None and (model / prepared.FILE).is_file() else None
+        found = load_model(model) if own is None else own.model
         text = inputs.gather(
             found, tokens, start=start, rows=rows, length=seq_len, needle_file=needles, needle_rows=needle_rows,
             seed=seed,
         )  # fmt: skip
         settings = inputs.candidates(
-            found, _several(methods), pairs, sinks=sinks, window=window, seed=seed, calibrations=calibration or ()
-        )
+            found, _several(methods), pairs, sinks=sinks, window=window, seed=seed, calibrations=calibration or (),
+            own=own,
+        )  # fmt: skip
         step("reading the model", 1, 1)
         measured = measuring.measure(settings, text, limits, chunk=chunk, batch=batch, progress=step)
     planned = None

@@ -1,7 +1,4 @@
-"""A model and one setting of its cache: generate with it, and report what it saves and costs.
-
-These are the reports behind `jaxquant run`, `compare` and `eval`, as plain dictionaries.
-"""
+"""A model and one setting of its cache, to generate with."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,26 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from jaxquant import (
-    compression,
-    evaluate,
-    models,
-    needles,
-    packed_weights,
-    pipeline,
-    prepared,
-    quantizers,
-    token_files,
-)
+from jaxquant import compression, models, packed_weights, pipeline, prepared, quantizers
 from jaxquant.calibrate import files
 from jaxquant.models.loading import SMALL
 from jaxquant.pipeline import Pipeline
 from jaxquant.prepared import Prepared
 from jaxquant.protocols import Cache, Quantizer
-
-Progress = Callable[[str, int, int], object]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +43,7 @@ class Trial:
             ValueError: what it says is damaged, or for another model.
         """
         found = prepared.read(folder)
-        model = packed_weights.load(folder) if packed_weights.recognizes(folder) else models.load(folder)
+        model = load_model(folder)
         a, template = model.architecture, found.template
         if (a.layers, a.kv_heads, a.dim) != (template.layers, template.kv_heads, template.dim):
             raise ValueError(f"{folder / prepared.FILE} is for other layers or heads than config.json describes")
@@ -91,7 +75,7 @@ class Trial:
             window: newest tokens of a row that stay exact.
             seed: of the quantizers' key.
         """
-        model = models.load(folder)
+        model = load_model(folder)
         if isinstance(method, Pipeline | Quantizer):
             built = method if isinstance(method, Pipeline) else (method, method)
             words = type(method).__name__
@@ -114,7 +98,7 @@ class Trial:
         Raises:
             ValueError: the calibration is damaged, or for another model.
         """
-        found, model = files.read(path), models.load(folder)
+        found, model = files.read(path), load_model(folder)
         found.check(model)
         setting = _setting(model, f"calibrated to {found.bits:.3f} bits, gains included", sinks, window)
         pair = found.keys, found.values
@@ -196,108 +180,19 @@ class Trial:
             report["decode_tokens_per_second"] = result.tokens_per_second
         return report
 
-    def compare(
-        self, prompt: str, *, max_tokens: int, text: Path | None, rows: int, seq_len: int, progress: Progress
-    ) -> dict[str, Any]:
-        """Continue a prompt with and without compression, and score held-out text over both caches.
 
-        The baseline holds 16 bits a number. Pass keys are hidden in the same text and asked for.
+def load_model(folder: Path | None) -> models.Model:
+    """Load a model, from its weights in codes where the folder has them.
 
-        Args:
-            prompt: text to continue.
-            max_tokens: new tokens at most.
-            text: file to score; None for the held-out text in the package.
-            rows: rows of it to score.
-            seq_len: tokens of a row.
-            progress: called with a description, what is done and what there is to do.
-        """
-        generated = {}
-        for i, name in enumerate(("baseline", "compressed")):
-            progress("generating", i, 2)
-            generated[name] = self.generate(prompt, compressed=bool(i), max_tokens=max_tokens)
-        progress("generating", 2, 2)
-        words = token_files.text(text)
-        ids = np.array(self.model.tokenizer.encode(words, special=False))
-        scored = self._score(
-            evaluate.rows(ids, start=0, count=rows, length=seq_len), "bfloat16", 256, 8, "scoring text", progress
-        )
-        hidden = needles.hide(
-            np.random.default_rng(0),
-            words,
-            self.model.tokenizer,
-            count=rows,
-            length=seq_len + 1,
-            keys=min(100, max(1, seq_len // 128)),
-        )
-        found = self._retrieve(hidden, "bfloat16", 256, 8, progress)
-        return _report(self.setting, scored, found, generated)
+    Args:
+        folder: Hugging Face folder, or one that `jaxquant convert` wrote; None for the small model in the package.
 
-    def measure(
-        self,
-        tokens: str | None,
-        *,
-        start: int,
-        rows: int,
-        seq_len: int,
-        needle_file: str | None,
-        needle_rows: int,
-        chunk: int,
-        batch: int,
-        progress: Progress,
-    ) -> dict[str, Any]:
-        """Score rows of tokens, and rows with pass keys, over a cache of the model's own dtype and the compressed one.
-
-        Args:
-            tokens: `FILE[:NAME]` of token ids or text; None for the held-out text in the package.
-            start: first token.
-            rows: rows to score.
-            seq_len: tokens that a row predicts.
-            needle_file: `FILE:NAME` of rows with questions, or None.
-            needle_rows: rows of it.
-            chunk: tokens of a prefill step.
-            batch: rows at a time.
-            progress: called with a description, what is done and what there is to do.
-        """
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        ids = token_files.read(self.model, tokens)
-        if ids.ndim != 1:
-            raise ValueError(f"--tokens must name one long row of token ids, got an array of shape {list(ids.shape)}")
-        chosen = evaluate.rows(ids, start=start, count=rows, length=seq_len)
-        scored = self._score(chosen, dtype, chunk, batch, "scoring text", progress)
-        found = None
-        if needle_file is not None:
-            hidden = token_files.read(self.model, needle_file)
-            if hidden.ndim != 2:
-                raise ValueError(f"--needles must name rows of token ids, got an array of shape {list(hidden.shape)}")
-            found = self._retrieve(hidden[:needle_rows].astype(np.int64), dtype, chunk, batch, progress)
-        return _report(self.setting, scored, found, {"baseline": {}, "compressed": {}})
-
-    def _score(
-        self, tokens: np.ndarray, dtype: str, chunk: int, batch: int, description: str, progress: Progress
-    ) -> tuple[evaluate.Scores, float, float]:
-        if tokens.max() >= self.model.architecture.vocabulary:
-            raise ValueError(
-                f"token id {tokens.max()} is outside the model's vocabulary of {self.model.architecture.vocabulary}"
-            )
-        capacity = tokens.shape[1] - 1
-        scores = evaluate.compare(
-            self.model.decoder,
-            tokens,
-            lambda rows: self.baseline(rows, capacity, dtype),
-            lambda rows: self.cache(rows, capacity),
-            batch=batch,
-            chunk=chunk,
-            progress=lambda done, total: progress(description, done, total),
-        )
-        held = self.baseline(1, capacity, dtype).bytes_per_token, self.cache(1, capacity).bytes_per_token
-        return scores, *held
-
-    def _retrieve(
-        self, rows: np.ndarray, dtype: str, chunk: int, batch: int, progress: Progress
-    ) -> tuple[float, float]:
-        marked = needles.answers(rows, self.model.tokenizer)
-        scores, *_ = self._score(rows, dtype, chunk, batch, "asking for pass keys", progress)
-        return scores.retrieval(marked)
+    Raises:
+        ValueError: what the folder holds is damaged, or not supported.
+    """
+    if folder is not None and packed_weights.recognizes(folder):
+        return packed_weights.load(folder)
+    return models.load(folder)
 
 
 def _setting(model: models.Model, method: str, sinks: int, window: int) -> str:
@@ -307,20 +202,3 @@ def _setting(model: models.Model, method: str, sinks: int, window: int) -> str:
         f"{name}, {a.layers} layers, {a.kv_heads} kv heads of {a.dim}; {method}, {sinks} sinks, window {window}; "
         f"{jax.devices()[0].device_kind}"
     )
-
-
-def _report(
-    setting: str,
-    scored: tuple[evaluate.Scores, float, float],
-    found: tuple[float, float] | None,
-    generated: dict[str, dict[str, Any]],
-) -> dict[str, Any]:
-    scores, *held = scored
-    perplexities = scores.baseline_perplexity, scores.compressed_perplexity
-    report: dict[str, Any] = {"setting": setting, "scored_tokens": scores.kl.size}
-    for i, name in enumerate(("baseline", "compressed")):
-        report[name] = {**generated[name], "perplexity": perplexities[i], "bytes_per_token": held[i]}
-        if found is not None:
-            report[name]["needle_accuracy"] = found[i]
-    report["compressed"] |= {"kl": float(scores.kl.mean()), "top1": float(scores.agreement.mean())}
-    return report

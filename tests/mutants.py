@@ -2,6 +2,7 @@
 
 Each fault of `tests/data/mutants.toml` is put into a copy of the tree, never into the tree itself, and the tests that
 it names are run there. A fault is noticed if one of them fails, and survives if all pass. Exit status 1 if any does.
+Needs a POSIX system: every run is a fork of a process that has imported what is slow to import.
 """
 
 import argparse
@@ -157,6 +158,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names, or beginnings of names, of faults")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args()
+    if not hasattr(os, "fork"):
+        parser.error("needs a POSIX system, such as Linux or macOS")
     chosen = [one for one in read() if not arguments.only or one.name.startswith(tuple(arguments.only))]
     if not chosen:
         parser.error(f"no fault begins with {' or '.join(arguments.only)}")

@@ -49,7 +49,7 @@ def test_table_and_wrong_arguments():
 
 def test_error_sees_a_wrong_result(monkeypatch):
     shape = attention_benchmark.Shape(batch=2, tokens=100, heads=4, kv_heads=2, dim=64)
-    assert attention_benchmark.error(shape, (4, 4), "xla") < 1e-5
+    assert attention_benchmark.error(shape, attention_benchmark.scalars((4, 4), 64), "xla") < 1e-5
     true = attention_benchmark.attention.decode_attention
     wrong = {
         "heads in another order": lambda q, c, layer, **rest: true(q[:, ::-1], c, layer, **rest),
@@ -58,7 +58,7 @@ def test_error_sees_a_wrong_result(monkeypatch):
     }
     for name, attend in wrong.items():
         monkeypatch.setattr(attention_benchmark.attention, "decode_attention", attend)
-        assert attention_benchmark.error(shape, (4, 4), "xla") > 1e-2, name
+        assert attention_benchmark.error(shape, attention_benchmark.scalars((4, 4), 64), "xla") > 1e-2, name
 
 
 def test_times_grow_with_the_work():
@@ -71,7 +71,7 @@ def test_times_grow_with_the_work():
 
 def test_random_cache_is_full_and_as_large_as_said():
     shape = attention_benchmark.Shape(batch=2, tokens=128, heads=4, kv_heads=2, dim=64)
-    made = attention_benchmark.filled(shape, (3, 2), layers=3)
+    made = attention_benchmark.filled(shape, attention_benchmark.scalars((3, 2), 64), layers=3)
     assert made.length.tolist() == [[128, 128]] * 3
     held = [store.codes for store in (made.stacks[0].keys, made.stacks[0].values)]
     assert sum(code.nbytes for code in held) == 3 * shape.nbytes((3, 2))

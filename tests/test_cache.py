@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxquant import cache, quantizers
-from jaxquant._pytree import pytree
 from jaxquant.methods import turboquant
+from jaxquant.protocols import pytree
 
 DIM, HEADS, BATCH, LAYERS, CAPACITY, CHUNK = 16, 2, 2, 3, 24, 6
 POOL = 6 * CHUNK  # more than fits

@@ -101,6 +101,31 @@ def leaves(tree) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
+def test_a_report_measures_what_the_folder_says(converted, folder, tmp_path):
+    """The weights in codes, the calibration and its sinks and window; a folder that says nothing has no such row."""
+    text = ["--tokens", folder / "ids.npy", "--rows", 1, "--seq-len", 40, "--chunk", 20, "--needle-rows", 0]
+    text += ["--methods", "turboquant", "--bits", "K4V4", "--sinks", 2, "--window", 3, "--max-kl", 9, "--min-top1", 0]
+    found = run("report", "--model", converted, *text, "--hbm", 1, "-o", tmp_path / "own.html")
+    plain = run("report", "--model", folder, *text, "-o", tmp_path / "plain.html")
+    scored = score(converted)["compressed"]
+    own = "converted 2 sinks, window 3"
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows.keys() == {"turboquant K4V4", own}
+    assert [rows[own][name] for name in ("kl", "bytes_per_token")] == pytest.approx(
+        [scored[name] for name in ("kl", "bytes_per_token")],
+        rel=0.02,  # the report's baseline holds 16 bits
+    )
+    assert rows[own]["kl"] != rows["turboquant K4V4"]["kl"]
+    assert found["recommended"] == found["sensitivity"]["name"] == own
+    assert len(found["sensitivity"]["keys"]) == LAYERS
+    assert min(found["sensitivity"]["keys"]) > 0
+    ready = prepared.read(converted)
+    for batch, capacity in ((1, 32_768), (3, 100)):
+        assert ready.nbytes(batch=batch, capacity=capacity) == ready.cache(batch=batch, capacity=capacity).nbytes
+    assert found["plan"]["caches"][own]["cache"] == ready.cache(batch=1, capacity=32_768).nbytes
+    assert [row["name"] for row in plain["rows"]] == ["turboquant K4V4"]
+
+
 def test_a_prepared_cache_is_the_one_that_init_makes(converted):
     made = files.read(converted / "calibration.safetensors")
     model = models.load(converted)

@@ -11,9 +11,10 @@ import pytest
 from cuda import caches, emulate
 from jaxtyping import TypeCheckError
 
-from jaxquant import attention, cache, quantizers, sharding
+from jaxquant import attention, cache, quantizers, sharding, trellis
 from jaxquant._kernels import cuda, nvrtc, xla
 from jaxquant._stacks import KVCache
+from jaxquant.methods import trellis as method
 from jaxquant.methods import turboquant
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
@@ -37,6 +38,7 @@ class Case(NamedTuple):
     exact_layers: tuple[int, ...] = ()
     layer: int = 1
     cores: int = 132
+    together: int = 8
     sizes: tuple[float, float] = (1.0, 1.0)  # of keys and values; queries undo the keys'
     growth: tuple[float, float] = (1.0, 1.0)  # of the scales of keys and values, from the first token to the last
 
@@ -81,7 +83,9 @@ GROWING = Case(
     growth=(1.0, 1e4),
     group=12,
 )
-PARTS = Case(capacity=640, lengths=(640, 500))
+PARTS = Case(capacity=1300, lengths=(1300, 500), values="2 uniform", together=1)
+HEADS = Case(capacity=530, lengths=(530, 2), group=16)
+CLUSTER = Case(capacity=1300, lengths=(1300, 500), group=8, values="2 uniform", q="bfloat16")
 ROUNDS = Case(rotation="hadamard 3", group=8, q="float16")
 SPECIAL = [
     USUAL,
@@ -101,12 +105,40 @@ SPECIAL = [
     Case(keys="8", values="8", sizes=(1e4, 1e4), scales=("float32", "bfloat16"), dim=64),
     GROWING,
     PARTS,
+    CLUSTER,
+    CLUSTER._replace(group=16, rotation="haar", lengths=(0, 1300)),
     Case(
         keys="3", values="2 uniform", dim=256, capacity=600, lengths=(600, 599), cores=1, growth=(30.0, 1e-3), window=2
     ),
     Case(keys="4", values="4", dim=80, capacity=1050, lengths=(1049, 64), cores=1, sliding=1000, group=1),
 ]
-CASES = [*GRID, *SPECIAL]
+RINGS = Case(keys="2 trellis 64", values="2 trellis 64", capacity=97, lengths=(97, 33))
+APART = Case(keys="2 trellis 64 other", values="2 trellis 64", sinks=3, window=20, lengths=(150, 22))
+SMALL_RINGS = Case(
+    keys="2 trellis 64", values="2 trellis 64", dim=64, group=16, q="bfloat16", rotation="hadamard 3", cores=1
+)
+TRELLISES = [
+    RINGS,
+    APART,
+    SMALL_RINGS,
+    Case(keys="2 trellis 64", values="2 trellis 64", dim=256, group=3, rotation="haar", scales=("float32", "bfloat16")),
+    Case(keys="2 trellis 16", values="1 trellis 256", group=8, q="float16", cap=20.0, sliding=40),
+    Case(keys="1 trellis 16", values="2 trellis 32", group=1, window=24, cropped=60, lengths=(50, 33)),
+    Case(keys="1 trellis 64", values="1 trellis 64", dim=256, group=12, rotation="identity", layer=0),
+    Case(
+        keys="4",
+        values="2 trellis 64",
+        group=5,
+        capacity=901,
+        lengths=(900, 513),
+        cores=1,
+        growth=(1.0, 1e4),
+        scales=("float16", "bfloat16"),
+    ),
+    Case(keys="2 trellis 64", values="2 uniform", group=9, layer=2, exact_layers=(0,)),
+    Case(keys="2 trellis 32", values="3", dim=64, capacity=640, lengths=(640, 500), sizes=(1e2, 1e-2)),
+]
+CASES = [*GRID, *SPECIAL, *TRELLISES]
 
 
 def filled(case: Case) -> KVCache:
@@ -174,7 +206,7 @@ def compare(case: Case, got: Any, want: Any) -> None:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_kernel_equals_xla_and_float64(case):
     c, q = filled(case), queries(case)
-    with emulate.installed(cores=case.cores):
+    with emulate.installed(cores=case.cores, together=case.together):
         got = attend(case, c, q)
         compare(case, got, oracle(case, c, q))
         if case in CASES[::5]:
@@ -208,6 +240,18 @@ MUTANTS = {
     "the soft cap": ("if (SOFT_CAP) {", "if (false) {", CAPPED),
     "the last warp": ("w < WARPS; w++) {\n            const", "w < 7; w++) {\n            const", LONG),
     "parts of the total": ("total += totals[w];", "", PARTS),
+    "blocks do not wait for blocks": ("            sync_cluster();", "            sync();", CLUSTER),
+    "one part of a cluster": ("sums + 2 * place, CLUSTER, 0, 1,", "sums + 2 * place, 1, 0, 1,", CLUSTER),
+    "heads of other warps": ("head += CLUSTER * WARPS", "head += heads", HEADS),
+    "rotated back by another's signs": ("x, top, sum, value_signs, out", "x, top, sum, key_signs, out", CLUSTER),
+    "rings do not close": ("((N * lane + N) % L::WORDS)", "((N * lane + N - 1) % L::WORDS)", RINGS),
+    "rings of half a word do not close": ("(2 * lane + 2) % L::ROW) << 16", "2 * lane) << 16", SMALL_RINGS),
+    "windows that begin in a word's last bits": ("funnel(low, high, at - 7)", "low >> (at - 7)", RINGS),
+    "neighbours have the same level": ("levels[i / 32 >> bits & last]", "levels[i / 32 & last]", RINGS),
+    "neighbours of values change places": ("permute(first, second, 0x7632)", "permute(first, second, 0x7610)", RINGS),
+    "what halves of queries leave": ("return TWO_HALVES ? x + rest : x;", "return x;", RINGS),
+    "values have the levels of keys": ("apart = any_lane(apart);", "apart = false;", APART),
+    "keys have the levels of values": ("(!apart || i % 32 < 16)", "!apart", APART),
 }  # fmt: skip
 
 
@@ -216,7 +260,7 @@ MUTANTS = {
 def test_mistakes_in_the_source_are_seen(mistake):
     old, new, case = MUTANTS[mistake]
     c, q = filled(case), queries(case)
-    with emulate.installed(cores=case.cores, replace=(old, new)):
+    with emulate.installed(cores=case.cores, together=case.together, replace=(old, new)):
         got = jax.block_until_ready(attend(case, c, q))
     with pytest.raises(AssertionError):
         compare(case, got, oracle(case, c, q))
@@ -237,6 +281,10 @@ def test_wrong_operands_are_seen(mistake):
         compare(case, got, oracle(case, c, q))
 
 
+def rings(bits: float = 2, states: int = 64, **kwargs: Any) -> trellis.Trellis:
+    return method.mse(jax.random.key(0), dim=64, bits=bits, states=states, **kwargs)
+
+
 def usual_cache(keys: Any = None, values: Any = None, *, dim: int = 64, capacity: int = 64, **kwargs: Any) -> KVCache:
     keys, values = (made or caches.quantizer("4", dim) for made in (keys, values))
     return cache.init(keys, values, layers=1, batch=1, kv_heads=1, capacity=capacity, **kwargs)
@@ -253,6 +301,12 @@ def test_what_is_not_supported_is_said():
         (usual_cache(), 17, "17 query heads share a kv head, more than 16"),
         (usual_cache(capacity=40, sinks=9), 1, "there is room for 31 coded tokens, fewer than 32"),
         (usual_cache(capacity=32), 16, None),
+        (usual_cache(rings(bits=3), rings()), 1, "keys have trellis codes of 3 bits, more than 2"),
+        (usual_cache(rings(), rings(states=128)), 1, "values have a trellis of 128 states, more than 64"),
+        (usual_cache(rings(bits=1)), 1, "keys have trellis codes of dim 64, not a power of two from 128 to 256"),
+        (usual_cache(rings(kind="3inst")), 1, "keys have trellis codes of kind 3inst, not table"),
+        (usual_cache(rings(bits=1.5)), 1, "keys have trellis codes with 2 tables, more than one"),
+        (usual_cache(rings(), rings(states=16)), 4, None),
     ):
         rule = xla.Rule(scale=jnp.float32(1), soft_cap=None, sliding_window=None, visible=None)
         assert cuda.unsupported(c.stacks[0], heads, rule) == reason
@@ -276,6 +330,17 @@ def test_a_misspelt_implementation_is_an_error():
 def test_kernels_are_for_gpus_from_8_0_on(monkeypatch, lowest, expected):
     monkeypatch.setattr(nvrtc, "capability", lambda: lowest)
     assert nvrtc.available() is expected
+
+
+def test_trellis_codes_need_shared_memory(monkeypatch):
+    c = usual_cache(rings(), rings())
+    rule = xla.Rule(scale=jnp.float32(1), soft_cap=None, sliding_window=None, visible=None)
+    for lowest, reason in (
+        ((8, 0), "keys have trellis codes, for which compute capability 8.0 has too little shared memory"),
+        ((9, 0), None),
+    ):
+        monkeypatch.setattr(nvrtc, "capability", lambda lowest=lowest: lowest)
+        assert cuda.unsupported(c.stacks[0], 1, rule) == reason
 
 
 @needs_compiler

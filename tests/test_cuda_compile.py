@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from jaxquant._kernels import cuda, cuda_encode, nvrtc
+from jaxquant._kernels import cuda, cuda_encode, cuda_trellis, nvrtc
 
 RELEASE = "13.0"  # of both compilers, that the numbers here are of; `pyproject.toml` pins it
 H200, A100 = (9, 0), (8, 0)
 BOOKS = {2: "UNIFORM", 3: "ANY", 4: "SYMMETRIC", 8: "TABLE"}
 
-# Registers and instructions on 2026-11-23, by bits of keys and values, query heads of a kv head, and capability.
+# Registers and instructions on 2026-11-28, by bits of keys and values, query heads of a kv head, and capability.
 DECODE = {
     (4, 4, 4, H200): (118, 2080),
     (4, 2, 4, H200): (106, 1944),
@@ -39,6 +39,24 @@ ENCODE = {  # by bits
     (2, H200): (168, 3496),
     (3, H200): (168, 3680),
     (4, A100): (168, 3096),
+}
+# Of trellis codes on 2026-11-28: attention by states of keys and values of 2 bits and query heads of a kv head, the
+# search by bits and states.
+DECODE_TRELLIS = {
+    (64, 64, 4, H200): (128, 2120),
+    (64, 64, 8, H200): (167, 2272),
+    (64, 64, 16, H200): (249, 2920),
+    (16, 32, 4, H200): (128, 2120),
+}
+ENCODE_TRELLIS = {
+    (2, 16, H200): (116, 4344),
+    (2, 64, H200): (80, 2248),
+    (2, 128, H200): (80, 2072),
+    (2, 256, H200): (96, 2640),
+    (1, 256, H200): (80, 2232),
+    (3, 64, H200): (168, 2992),
+    (3, 256, H200): (168, 1856),
+    (2, 128, A100): (79, 2584),
 }
 SPILLED = {(4, 4, 8, H200): 20, (4, 4, 8, A100): 20}  # bytes stored and loaded; nothing elsewhere
 
@@ -102,8 +120,11 @@ def instructions(elf: bytes, name: str) -> int:
     return length // 16
 
 
+CLUSTERED = (120, 2632)  # K4/V4, 4 heads, 4 parts that are joined
+
+
 def decode(
-    keys: int, values: int, group: int, capability: tuple[int, int], dim: int = 128
+    keys: int, values: int, group: int, capability: tuple[int, int], dim: int = 128, cluster: int = 0
 ) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
     return cuda.kernels(
         dim=dim,
@@ -116,6 +137,7 @@ def decode(
         soft_cap=False,
         sliding=False,
         even=True,
+        cluster=cluster,
         capability=capability,
     )
 
@@ -145,9 +167,60 @@ def test_decode_keeps_its_size(config, ptxas, tmp_path):
     check(measure(decode(*config)[0], ptxas, tmp_path), DECODE[config], SPILLED.get(config, 0))
 
 
+def test_joining_parts_keeps_its_size(ptxas, tmp_path):
+    kernel, _ = decode(4, 4, 4, H200, cluster=4)
+    assert ".reqnctapercluster 1, 4, 1" in kernel.ptx
+    check(measure(kernel, ptxas, tmp_path), CLUSTERED)
+
+
 @pytest.mark.parametrize("config", ENCODE, ids=str)
 def test_encode_keeps_its_size(config, ptxas, tmp_path):
     check(measure(encode(*config), ptxas, tmp_path), ENCODE[config])
+
+
+def decode_trellis(keys: int, values: int, group: int, capability: tuple[int, int]) -> nvrtc.Kernel:
+    return cuda.kernels(
+        dim=128,
+        heads=group,
+        bits=(2, 2),
+        books=("TRELLIS", "TRELLIS"),
+        scales=("float16", "float16"),
+        queries="bfloat16",
+        rounds=(1, 1),
+        soft_cap=False,
+        sliding=False,
+        even=True,
+        windows=(keys.bit_length() + 3, values.bit_length() + 3),
+        capability=capability,
+    )[0]
+
+
+def encode_trellis(bits: int, states: int, capability: tuple[int, int]) -> nvrtc.Kernel:
+    return cuda_trellis.kernel(
+        dim=128,
+        bits=bits,
+        states=states,
+        scales="float16",
+        given="bfloat16",
+        rounds=1,
+        rule="preserve",
+        capability=capability,
+    )
+
+
+@pytest.mark.parametrize("config", DECODE_TRELLIS, ids=str)
+def test_decode_of_trellis_codes_keeps_its_size(config, ptxas, tmp_path):
+    kernel = decode_trellis(*config)
+    check(measure(kernel, ptxas, tmp_path), DECODE_TRELLIS[config])
+    assert kernel.shared <= 218 * 1024, "more shared memory than a multiprocessor has"
+
+
+@pytest.mark.parametrize("config", ENCODE_TRELLIS, ids=str)
+def test_search_keeps_its_size(config, ptxas, tmp_path):
+    bits, states, _ = config
+    kernel, shape = encode_trellis(*config), cuda_trellis.shape(128, bits, states)
+    check(measure(kernel, ptxas, tmp_path), ENCODE_TRELLIS[config])
+    assert shape.blocks * (kernel.shared + 1024) <= 227 * 1024, "blocks do not fit"
 
 
 @pytest.mark.parametrize("capability", [H200, A100])

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 from jaxquant import attention, cache, methods, protocols, quantizers, rotations
-from jaxquant._pytree import pytree, static
 from jaxquant.diffusion.guidance import Gate
 from jaxquant.methods import uniform
 from jaxquant.pipeline import Pipeline
+from jaxquant.protocols import pytree, static
 from jaxquant.streams import Stream
 
 NAMES = [f"{methods.__name__}.{found.name}" for found in pkgutil.iter_modules(methods.__path__)]

@@ -19,6 +19,7 @@ from jaxquant.methods import (
     polarquant,
     qjl,
     rotorquant,
+    trellis,
     turboquant,
     uniform,
 )
@@ -277,6 +278,49 @@ def test_heads_of_one_kind_share_a_codebook():
     np.testing.assert_array_equal(keys[0].levels, keys[1].levels)
     error = relative_error(keys[0], jnp.asarray(x[0], jnp.float32)[None]).mean()
     assert abs(error / codebooks.distortion(codebooks.lloyd_max(3), dim=64) - 1) < 0.1
+
+
+def test_long_vectors_decide_about_levels():
+    generator = np.random.default_rng(6)
+    signs, normal = np.sign(generator.normal(size=(900, 64))), generator.normal(size=(100, 64))
+
+    def centroids(long, short):
+        y = np.concatenate([100 * long, short])
+        keys, _ = fitted(np.asarray(turn.unrotate(jnp.asarray(y, jnp.float32)), np.float64))
+        return np.asarray(keys[0].levels[0])
+
+    def fitted(x):
+        return copresheaf.fit(
+            jax.random.key(0), bits_k=1, bits_v=1, key_samples=x[None, None], value_samples=x[None, None], types=1
+        )
+
+    turn = fitted(normal)[0][0].rotation
+    half = (2 / np.pi) ** 0.5  # the mean of a half of the normal density
+    np.testing.assert_allclose(centroids(normal, signs), [-half, half], atol=0.02)
+    np.testing.assert_allclose(centroids(signs, normal), [-1, 1], atol=0.02)
+
+
+# What scales keep: the length of keys, and of values below 3 bits the inner product with themselves.
+
+
+@pytest.mark.parametrize("module", [turboquant, trellis, nestquant, rotorquant, copresheaf], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("bits", [2, 3])
+def test_scales_keep_what_those_of_turboquant_keep(module, bits):
+    x = jax.random.normal(jax.random.key(11), (1, 1, 200, 64)) * 3
+    given = {"bits_k": 2, "bits_v": bits}
+    if hasattr(module, "fit"):
+        samples = {name: np.asarray(x) for name in ("key_samples", "value_samples")}
+        pair = [half[0] for half in module.fit(jax.random.key(12), **given, **samples)]
+    else:
+        pair = module.kv(jax.random.key(12), dim=64, **given)
+    exact = np.asarray(x, np.float64)
+    square, rounding = np.sum(exact**2, axis=-1), 2.0**-10  # of float16, and of float32 sums
+    for half, unbiased in zip(pair, (False, bits < 3), strict=True):
+        y = decoded(half, x)
+        length, along = np.sum(y * y, axis=-1) / square, np.sum(y * exact, axis=-1) / square
+        kept, other = (along, length) if unbiased else (length, along)
+        np.testing.assert_allclose(kept, 1, atol=2 * rounding)
+        assert np.abs(other - 1).mean() > 5 * rounding  # both cannot be right: 3 bits leave 4**-3 of error at least
 
 
 # OSCAR: second moments of queries have equal diagonals behind its rotation.

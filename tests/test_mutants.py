@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,7 @@ def test_skipped():
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX system")
 def test_the_runner_tells_noticed_from_survived(tmp_path):
     (tmp_path / "module.py").write_text("def one():\n    return 1\n", encoding="utf-8")
     (tmp_path / "test_module.py").write_text(TESTS, encoding="utf-8")

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import chex
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +12,9 @@ import pytest
 import tiny_llama
 
 from jaxquant import attention, cache, evaluate, models, pipeline, quantizers, strategies
-from jaxquant._pytree import pytree
 from jaxquant.methods import csa_hca, delta, h2o, kivi, knorm, palm, snapkv, stability, streamingllm, tiered, turboquant
 from jaxquant.pipeline import Pipeline
+from jaxquant.protocols import pytree
 
 B, T, H, G, D = 2, 21, 2, 2, 16
 EXACT = quantizers.Exact(dim=D, dtype="float32")
@@ -24,6 +27,7 @@ def tensors(seed=0, tokens=T, dtype=jnp.float32):
 
 
 Q, K, V = tensors()
+LONG = tensors(seed=5, tokens=54)
 
 
 def made(p, **kwargs):
@@ -240,8 +244,50 @@ def test_what_cannot_be_taken_back_is_not_cropped():
         (h2o.pipeline(jax.random.key(0), dim=D, bits_k=3, bits_v=3, block=4), "Mass"),
         (dataclasses.replace(appending(), monitor=stability.Stability()), "Stability"),
     ):
-        with pytest.raises(ValueError, match=f"{name} has watched the attention of tokens to forget"):
-            run(p)[1].crop(20)
+        held = run(p)[1]
+        with pytest.raises(ValueError, match=rf"at least \[21, 21\].* got 20: {name} has watched the attention"):
+            held.crop(20)
+        chex.assert_trees_all_equal(held.crop(T), held)  # there is nothing to take back
+
+
+LENGTHS = st.lists(st.integers(0, 30), min_size=B, max_size=B)
+
+
+@hypothesis.given(st.lists(st.tuples(st.sampled_from([1, 3, 6]), LENGTHS), max_size=9))
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_any_appends_and_crops(moves):
+    sinks, window, block = 2, 3, 4
+    p = appending()
+    held = made(p, sinks=sinks, window=window, capacity=60)
+    _, *exact = LONG
+    coded = [
+        quantizers.dequantize(half, quantizers.quantize(half, x))
+        for half, x in zip((p.keys, p.values), exact, strict=True)
+    ]
+    both = np.array([exact, coded], np.float64)
+    starts, rows, came = [sinks] * B, [[] for _ in range(B)], 0
+    for size, length in moves:
+        q, k, v = (x[:, came : came + size] for x in LONG)
+        out, _, held = held.attend(q, k, v, 0)
+        for b, row in enumerate(rows):
+            for i in range(size):
+                if len(row) - starts[b] == window + block:
+                    starts[b] += block
+                row.append(came + i)
+                left = [int(sinks <= place < starts[b]) for place in range(len(row))]
+                keys, values = both[left, :, b, row].swapaxes(0, 1)
+                query = np.asarray(q[b, i], np.float64).reshape(H, G, D)
+                weights = softmax(np.einsum("hgd,thd->hgt", query, keys) * D**-0.5)
+                close(out[b, i], np.einsum("hgt,thd->hgd", weights, values).reshape(H * G, D))
+        came += size
+        kept = np.minimum(length, list(map(len, rows)))
+        if any(few < start and start > sinks for few, start in zip(kept, starts, strict=True)):
+            with pytest.raises(ValueError, match="length must be at least"):
+                held.crop(np.array(length))
+        else:
+            held = held.crop(np.array(length))
+            rows = [row[:few] for row, few in zip(rows, kept, strict=True)]
+        assert held.length.tolist() == [list(map(len, rows))]
 
 
 def test_kivi_codes_keys_by_channel_and_values_by_token():

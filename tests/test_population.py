@@ -166,3 +166,17 @@ def test_parents_are_the_better_of_two_and_mutations_go_both_ways():
     middle = jnp.full((2000, 4), 0.5)
     moved = np.asarray(population._mutated(jax.random.key(1), middle, jnp.float32(15)) - middle)
     assert abs((moved[moved != 0] > 0).mean() - 0.5) < 5 * 0.5 / (moved != 0).sum() ** 0.5
+
+
+def test_children_lie_around_both_parents():
+    parents = jnp.stack([jnp.full(300, 0.3), jnp.full(300, 0.7)])
+    children = np.asarray(population._crossed(jax.random.key(2), parents, jnp.float32(15)))
+    np.testing.assert_allclose(children.sum(axis=0), 1.0, rtol=1e-6)
+    as_parents = np.isclose(children[0], 0.3, atol=1e-6) | np.isclose(children[0], 0.7, atol=1e-6)
+    for share in (as_parents.mean(), (children[0] < 0.5).mean()):  # bred, and exchanged, with probability 1/2
+        assert abs(share - 0.5) < 5 * 0.5 / 300**0.5
+    near = {
+        spread: np.abs(np.asarray(population._crossed(jax.random.key(2), parents, jnp.float32(spread)))[0] - 0.5)
+        for spread in (2, 50)
+    }
+    assert np.ptp(near[2]) > 2 * np.ptp(near[50])

@@ -13,13 +13,13 @@ import pytest
 from flax import nnx
 
 from jaxquant import _descriptions, _snapshot_reader, attention, cache, rotations, snapshot
-from jaxquant._pytree import pytree, static
 from jaxquant.cache import KVCache
 from jaxquant.codecs import qatc, v3
 from jaxquant.codecs.errors import CodecError, CorruptError, LimitError, UnsupportedError
 from jaxquant.methods import turboquant
 from jaxquant.models.architecture import from_config
 from jaxquant.models.decoder import Decoder
+from jaxquant.protocols import pytree, static
 from jaxquant.quantizers import Exact, Quantized, Scalar
 
 DIM, KV_HEADS, HEADS, CAPACITY, LAYERS = 16, 2, 4, 64, 3

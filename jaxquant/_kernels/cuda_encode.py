@@ -11,18 +11,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxquant._kernels import cuda, nvrtc
+from jaxquant._kernels import cuda, cuda_trellis, nvrtc
 from jaxquant._stacks import Index, Store
 from jaxquant.quantizers import Quantized
+from jaxquant.trellis import Trellis
 
 _WARPS = 4
 _BLOCKS = 3  # a multiprocessor
-_RULES = {"norm": 0, "preserve": 1, "unbiased": 2, "least_squares": 3}
 
 
 def unsupported(store: Store) -> str | None:
     """Say why the kernel cannot code for a store, or return None where it can."""
     quantizer = store.quantizer
+    if isinstance(quantizer, Trellis):
+        obstacle = cuda_trellis.uncodable(quantizer)
+        return f"vectors {obstacle}" if obstacle else None
     obstacle = cuda.unreadable(quantizer)
     if obstacle is not None:
         return f"vectors {obstacle}"
@@ -50,15 +53,21 @@ def encode(
     rounds = cuda.rounds(quantizer)
     if rounds is None:
         x = quantizer.rotation.rotate(jnp.nan_to_num(x.astype(jnp.float32)))
-    made = kernel(
-        dim=quantizer.dim,
-        bits=quantizer.bits,
-        book=cuda.book(quantizer),
-        scales=quantizer.scale_dtype,
-        given=x.dtype.name,
-        rounds=rounds or 0,
-        rule=quantizer.scale,
-    )
+    constants = {
+        "dim": quantizer.dim,
+        "scales": quantizer.scale_dtype,
+        "given": x.dtype.name,
+        "rounds": rounds or 0,
+        "rule": quantizer.scale,
+    }
+    if isinstance(quantizer, Trellis):
+        code = quantizer.code
+        made = cuda_trellis.kernel(bits=code.widths[0], states=code.states, **constants)
+        each = cuda_trellis.shape(code.dim, code.widths[0], code.states)
+        levels, group, blocks = code.tables[0][0], each.vectors * cuda_trellis.WARPS, each.blocks
+    else:
+        made = kernel(bits=quantizer.bits, book=cuda.book(quantizer), **constants)
+        levels, group, blocks = quantizer.codebook.centroids, 16 * _WARPS, _BLOCKS
     layers, batch, kv_heads, slots = held.codes.shape[:4]
     vectors = batch * x.shape[1] * kv_heads
     if vectors >= 2**31:
@@ -68,14 +77,14 @@ def encode(
             x,
             jnp.asarray(index, jnp.int32),
             slot,
-            quantizer.codebook.centroids,
+            levels,
             cuda.signs(quantizer),
             held.codes,
             held.scales,
         ],
         [layers, batch, x.shape[1], kv_heads, slots],
         [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (held.codes, held.scales)],
-        grid=(max(1, min(-(-vectors // (16 * _WARPS)), _BLOCKS * cuda.cores())), 1),
+        grid=(max(1, min(-(-vectors // group), blocks * cuda.cores())), 1),
         aliases={5: 0, 6: 1},
     )
     return Quantized(codes=codes, scales=scales)
@@ -100,8 +109,9 @@ def kernel(
         "SCALES": cuda.DTYPES[scales],
         "INPUT": cuda.DTYPES[given],
         "ROUNDS": rounds,
-        "RULE": _RULES[rule],
+        "BLOCKS": _BLOCKS,
+        "RULE": cuda.RULES[rule],
     }
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
-    text = cuda.source("codes.cuh", numbers, f"constexpr Book BOOK = {book};", "encode.cu")
+    text = cuda.source("words.cuh", "codes.cuh", numbers, f"constexpr Book BOOK = {book};", "encode.cu")
     return nvrtc.Kernel("encode", text, threads=32 * _WARPS, capability=capability or nvrtc.capability() or (9, 0))

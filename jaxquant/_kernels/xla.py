@@ -58,19 +58,19 @@ def coded(
     block = min(BLOCK, stack.slots)
     keys, values = stack.keys.at(index), stack.values.at(index)
     projected = keys.project(q * rule.scale)
-    width = jax.eval_shape(lambda store: _expand(values, store, index, 0, block), stack.values).shape[-1]
+    width = jax.eval_shape(lambda store: expand(values, store, index, 0, block), stack.values).shape[-1]
 
     def block_of(i: Int[Array, ""]) -> tuple[Array, Array]:
         start = jnp.minimum(i * block, stack.slots - block)
         slot = start + jnp.arange(block, dtype=jnp.int32)
         token = (slot if spread is None else spread.token(slot, device)) + stack.sinks
-        scores = _cap(_scores(projected, _expand(keys, stack.keys, index, start, block)), rule.soft_cap)
+        scores = _cap(_scores(projected, expand(keys, stack.keys, index, start, block)), rule.soft_cap)
         seen = _sees(position, token, rule, start + stack.sinks if spread is None else None)
         seen &= token <= newest[:, :, None]
         in_window = token > (newest[:, :, None] - stack.window)
         seen &= ~in_window | (token < exact_from[:, None, None])
         seen &= slot >= i * block  # the last block overlaps the one before it
-        return jnp.where(seen[:, None], scores, -jnp.inf), _expand(values, stack.values, index, start, block)
+        return jnp.where(seen[:, None], scores, -jnp.inf), expand(values, stack.values, index, start, block)
 
     def before(token: Int[Array, ""]) -> Int[Array, ""]:
         slot = token - stack.sinks
@@ -185,9 +185,11 @@ def merge(parts: list[Partial]) -> Partial:
     return Partial(sum(w[..., None] * part.out for w, part in zip(weights, parts, strict=True)), lse)  # pyright: ignore
 
 
-def _expand(
+def expand(
     quantizer: Quantizer, store: Store, index: Index, start: Index, block: int
 ) -> Float[Array, "batch kv_heads block width"]:
+    """Decode `block` tokens of a layer from slot `start` on, in the coordinates of the code."""
+
     def cut(leaf: Array) -> Array:
         begin = (index, 0, 0, start, *(0,) * (leaf.ndim - 4))
         begin = tuple(jnp.asarray(i, jnp.int32) for i in begin)

@@ -1,10 +1,10 @@
 """The other process of `migration_trial`: it takes caches over a socket, continues them, and sends them back.
 
-    python -m jaxquant.interop.migration_peer PORT jax|torch [FOLDER]
+    python -m jaxquant.interop.migration_peer PORT jax|torch DTYPE [FOLDER]
 
 Each message that comes is a cache with the token to continue with and the lengths to report. What goes back is one line
 of JSON with the first token as soon as it is there, one with tokens and hashes, and the cache after the last of them.
-With torch, the model runs in PyTorch, on `transformers`' own cache held in 16 bits.
+With torch, the model runs in PyTorch in float32, on `transformers`' own cache held in 16 bits.
 """
 
 import io
@@ -21,10 +21,10 @@ from jaxquant.cache import KVCache
 from jaxquant.interop import migration
 
 
-def main(port: int, kind: str, folder: str | None) -> None:
+def main(port: int, kind: str, dtype: str, folder: str | None) -> None:
     """Serve one connection to its end."""
     with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile("rwb") as stream:
-        serve(stream, _jax(folder) if kind == "jax" else _torch(folder))
+        serve(stream, _jax(folder, dtype) if kind == "jax" else _torch(folder))
 
 
 Step = Callable[[Any, int], tuple[np.ndarray, Any]]
@@ -47,8 +47,8 @@ def serve(stream: io.BufferedRWPair, engine: Engine) -> None:
         migration.send(stream, given(done.state, arrived.cache.capacity))
 
 
-def _jax(folder: str | None) -> Engine:
-    model = _continuation.JaxModel(models.load(folder).decoder)
+def _jax(folder: str | None, dtype: str) -> Engine:
+    model = _continuation.JaxModel(models.load(folder, dtype=dtype).decoder)
     return model.step, lambda cache: cache, lambda cache, capacity: cache
 
 
@@ -65,4 +65,4 @@ def _line(stream: io.BufferedRWPair, record: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] if len(sys.argv) > 4 else None)

@@ -60,12 +60,16 @@ class Peer:
 
 
 @contextmanager
-def peer(kind: str, folder: Path | None) -> Iterator[Peer]:
+def peer(kind: str, dtype: str, folder: Path | None) -> Iterator[Peer]:
     """Start the other process, "jax" or "torch", and connect to it on loopback."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(_WAIT)
-        command = [sys.executable, "-m", "jaxquant.interop.migration_peer", str(server.getsockname()[1]), kind]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-m", "jaxquant.interop.migration_peer", str(server.getsockname()[1]), kind, dtype]
+        environment = {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # both may share a GPU
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
         process = subprocess.Popen([*command, *([str(folder)] if folder else [])], env=environment)
         try:
             connection, _ = server.accept()
@@ -95,7 +99,7 @@ def measure(
         ids: the prompt.
         bits: of keys and values, for each packed cache.
         lengths: of the continuations that are compared.
-        torch: whether PyTorch takes part; None asks whether it is installed.
+        torch: whether PyTorch takes part, and the model runs in float32 everywhere; None asks whether it is installed.
         progress: called with a description, what is done and what there is to do.
 
     Returns:
@@ -105,7 +109,9 @@ def measure(
     Raises:
         ValueError: the prompt is empty, or too long for the model.
     """
-    model = models.load(folder)
+    torch = importlib.util.find_spec("transformers") is not None if torch is None else torch
+    model = models.load(folder, dtype="float32" if torch else None)
+    dtype = model.decoder.embed_tokens.embedding[...].dtype.name
     longest = len(ids) + 2 * max(lengths) + 2
     if not len(ids) or longest > model.architecture.max_positions:
         most = model.architecture.max_positions
@@ -121,12 +127,12 @@ def measure(
     for bits_k, bits_v in bits:
         keys, values = turboquant.kv(jax.random.key(0), dim=a.dim, bits_k=bits_k, bits_v=bits_v)
         forms[f"K{bits_k}/V{bits_v}"] = empty(keys, values)
-    torch = importlib.util.find_spec("transformers") is not None if torch is None else torch
     report: dict[str, Any] = {
         "prompt_tokens": len(ids),
         "layers": a.layers,
         "kv_heads": a.kv_heads,
         "dim": a.dim,
+        "dtype": dtype,
         "device": jax.devices()[0].device_kind,
         "migrations": {},
     }
@@ -137,7 +143,7 @@ def measure(
     ours.prefill(forms["16 bit"], ids)
     report["prefill_seconds"] = time.perf_counter() - began
     steps = len(forms) + 2 * torch
-    with peer("jax", folder) as other:
+    with peer("jax", dtype, folder) as other:
         for done, form in enumerate(forms):
             progress("migrating", done, steps)
             report["migrations"][f"JAX to JAX, {form}"] = _between_alike(ours, other, *started[form], lengths)
@@ -145,7 +151,7 @@ def measure(
             progress("migrating", len(forms), steps)
             report["migrations"]["PyTorch to JAX, 16 bit"] = _from_torch(other, folder, ids, lengths, longest)
     if torch:
-        with peer("torch", folder) as other:
+        with peer("torch", dtype, folder) as other:
             progress("migrating", steps - 1, steps)
             report["migrations"]["JAX to PyTorch, 16 bit"] = _to_torch(ours, other, *started["16 bit"], lengths)
     progress("migrating", steps, steps)
@@ -157,7 +163,7 @@ def _between_alike(
     ours: _continuation.JaxModel, other: Peer, token: int, cache: KVCache, lengths: Sequence[int]
 ) -> dict[str, Any]:
     """Continue a cache here, and there, and here again from what comes back: every bit must be the same."""
-    other.continued(cache, token, lengths)  # compiles there
+    other.continued(cache, token, [1])  # compiles there
     record, back = other.continued(cache, token, lengths)
     here = _continuation.greedy(ours.step, cache, token, lengths)
     on = _continuation.greedy(ours.step, here.state, here.tokens[-1], lengths)

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from jaxquant.cache import KVCache
 from jaxquant.interop import dynamic_cache
 from jaxquant.models.loading import SMALL
+
+_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
 class TorchModel:
@@ -42,7 +46,7 @@ class TorchModel:
 
     def _run(self, cache: DynamicCache, ids: np.ndarray) -> tuple[np.ndarray, DynamicCache]:
         with torch.no_grad():
-            logits = self._model(torch.from_numpy(ids), past_key_values=cache).logits[0, -1].numpy()
+            logits = self._model(torch.from_numpy(ids), **{_ARGUMENT: cache}).logits[0, -1].numpy()
         for layer in cache.layers:
             for name in ("keys", "values"):
                 part = getattr(layer, name)

@@ -1,9 +1,15 @@
 """Share attention between the two halves of classifier-free guidance, and do not compute it twice.
 
-Guidance runs a model on the same latents with and without the prompt. `jaxquant.diffusion.guidance.share` computes a
-layer's self-attention for the conditional half and gives its output to both: half the work, by construction. Its `Gate`
-decides at each step, by how alike the two outputs were when both were last computed; the branch not taken is not
-executed.
+Guidance runs a model on the same latents with and without the prompt. `share` computes a layer's self-attention for the
+conditional half and gives its output to both: half the work, by construction. `Gate` decides at each step, by how alike
+the two outputs were when both were last computed; the branch not taken is not executed. Both are of
+`jaxquant.diffusion.guidance`.
+
+Example:
+    >>> gate = Gate(threshold=0.9)
+    >>> state, out = gate.attend(gate.init(), lambda x: x + 1, jnp.array([[[1.0]], [[5.0]]]))
+    >>> bool(gate.shares(state)), out.reshape(-1)
+    (True, Array([2., 6.], dtype=float32))
 
 References:
     Z. Yuan, H. Zhang, P. Lu, X. Ning, L. Zhang, T. Zhao, S. Yan, G. Dai, Y. Wang, "DiTFastAttn: Attention compression
@@ -16,23 +22,7 @@ cross-attention too: that is where the prompt comes in, so do not.
 
 import jax.numpy as jnp
 
-from jaxquant.diffusion import guidance
+from jaxquant.diffusion.guidance import Gate as Gate
+from jaxquant.diffusion.guidance import share as share
 
-
-def gate(*, threshold: float = 0.95, refresh: int = 4) -> guidance.Gate:
-    """Build the rule that says when to share.
-
-    Args:
-        threshold: least cosine of the halves' outputs.
-        refresh: shared steps in a row, at most.
-
-    Example:
-        >>> rule = gate(threshold=0.9)
-        >>> state, out = rule.attend(rule.init(), lambda x: x + 1, jnp.array([[[1.0]], [[5.0]]]))
-        >>> bool(rule.shares(state)), out.reshape(-1)
-        (True, Array([2., 6.], dtype=float32))
-    """
-    return guidance.Gate(threshold=jnp.float32(threshold), refresh=jnp.int32(refresh))
-
-
-EXAMPLES = (lambda: gate(threshold=0.9, refresh=2),)
+EXAMPLES = (lambda: Gate(threshold=jnp.float32(0.9), refresh=jnp.int32(2)),)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from jaxquant import codebooks, packing, quantizers, rotations
 from jaxquant._pytree import pytree, static
+from jaxquant.methods import turboquant
 from jaxquant.protocols import Rotation
 
 _QUANTILES = np.linspace(0.01, 0.99, 33)
@@ -25,18 +26,20 @@ _QUANTILES = np.linspace(0.01, 0.99, 33)
 
 @pytree
 class Typed:
-    """Norm, rotation and the codebook of the head's type; decoded vectors keep their length.
+    """Norm, rotation and the codebook of the head's type.
 
     Attributes:
         rotation: applied first.
         levels: in increasing order, for coordinates of unit variance; with an axis of heads for vectors
             [batch, kv_heads, tokens, dim], or without for any.
         bits: of a coordinate.
+        scale: what the stored scale keeps right; see `quantizers.Scalar`.
     """
 
     rotation: Rotation
     levels: Float[Array, "*heads levels"]
     bits: int = static()
+    scale: quantizers.ScaleRule = static(default="preserve")
 
     @property
     def dim(self) -> int:
@@ -45,13 +48,11 @@ class Typed:
 
     def quantize(self, x: Float[Array, "*batch dim"], /) -> quantizers.Quantized:
         """Code vectors."""
-        norm, unit = quantizers.split_norm(jnp.nan_to_num(x.astype(jnp.float32)))
-        y = self.rotation.rotate(unit * self.dim**0.5)
+        norm, y = quantizers.normalized(self.rotation, x)
         codes = jnp.zeros(y.shape, jnp.uint8)
         for i in range(2**self.bits - 1):
             codes += (y > (self._level(i) + self._level(i + 1)) / 2).astype(jnp.uint8)
-        length = jnp.linalg.norm(self._lookup(codes), axis=-1)
-        scales = norm / jnp.maximum(length, jnp.finfo(jnp.float32).eps)
+        scales = norm * quantizers.correction(self.scale, y, self._lookup(codes))
         return quantizers.Quantized(
             codes=packing.pack(codes, bits=self.bits), scales=quantizers.rounded(scales, "float16")
         )
@@ -60,7 +61,7 @@ class Typed:
         """Look up and scale."""
         assert code.scales is not None
         levels = self._lookup(packing.unpack(code.codes, bits=self.bits, length=self.dim))
-        return levels * code.scales.astype(jnp.float32)[..., None]
+        return levels * (code.scales.astype(jnp.float32) * self.dim**-0.5)[..., None]
 
     def restore(self, y: Float[Array, "*batch dim"], /) -> Float[Array, "*batch dim"]:
         """Rotate back."""
@@ -113,24 +114,30 @@ def fit(
     if types < 1:
         raise ValueError(f"types must be at least 1, got {types}")
     first, second = jax.random.split(key)
-    return _half(first, key_samples, bits_k, types), _half(second, value_samples, bits_v, types)
+    of_keys, of_values = turboquant.scales(bits_v)
+    return (
+        _half(first, key_samples, bits_k, types, of_keys),
+        _half(second, value_samples, bits_v, types, of_values),
+    )
 
 
-def _half(key: PRNGKeyArray, samples: np.ndarray, bits: int, types: int) -> tuple[Typed, ...]:
+def _half(
+    key: PRNGKeyArray, samples: np.ndarray, bits: int, types: int, scale: quantizers.ScaleRule
+) -> tuple[Typed, ...]:
     if bits not in range(1, 7):
         raise ValueError(f"bits must be an integer from 1 to 6, got {bits!r}")
     layers, heads, _, dim = samples.shape
     turn = rotations.hadamard(key, dim)
-    norm, unit = quantizers.split_norm(jnp.asarray(samples, jnp.float32))
-    y = np.asarray(turn.rotate(unit * dim**0.5)).reshape(layers * heads, -1)
-    weights = np.repeat(np.asarray(norm, np.float64).reshape(layers * heads, -1) ** 2, dim, axis=1)
+    norm, y = (np.asarray(part) for part in quantizers.normalized(turn, jnp.asarray(samples, jnp.float32)))
+    y = y.reshape(layers * heads, -1)
+    weights = np.repeat(norm.astype(np.float64).reshape(layers * heads, -1) ** 2, dim, axis=1)
     kinds = _types(np.quantile(y, _QUANTILES, axis=1).T, min(types, layers * heads))
     tables = np.zeros((layers * heads, 2**bits), np.float32)
     for kind in np.unique(kinds):
         members = kinds == kind
         tables[members] = codebooks.fitted(y[members].ravel(), weights[members].ravel(), bits=bits).centroids
     tables = tables.reshape(layers, heads, -1)
-    return tuple(Typed(rotation=turn, levels=jnp.asarray(table), bits=int(bits)) for table in tables)
+    return tuple(Typed(rotation=turn, levels=jnp.asarray(table), bits=int(bits), scale=scale) for table in tables)
 
 
 def _types(features: Float[np.ndarray, "heads features"], count: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Watch how attention amplifies a small change: the largest finite-time Lyapunov exponent, by Benettin's method.
 
 A perturbation d of unit length is carried from block to block by the derivative of what attention does to the newest
-query of each block, o_t = attention(q_t), and scaled back to unit length each time:
+query of each block, o_t = attention(q_t), that of the first query head where several share a kv head, and scaled back
+to unit length each time:
 
     d' = J_t d,    g_t = log |d'|,    d = d' / |d'|,    exponent = mean of g_t.
 
@@ -19,6 +20,7 @@ Differs from tqai, whose `lyapunov` monitor is the log of the relative size of a
 exponent's use for a threshold is in no paper.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -151,10 +153,7 @@ def pipeline(
     base = palm.pipeline(key, dim=dim, bits_k=bits_k, bits_v=bits_v, share=share, block=block)
     numbers = {"above": 0.1, "below": -0.1, "growing": 0.3, "dying": 0.6, "memory": 20.0}
     monitor = Lyapunov(**{name: jnp.float32(number) for name, number in numbers.items()})
-    return Pipeline(
-        keys=base.keys, values=base.values, strategy=base.strategy, scorer=base.scorer, monitor=monitor,
-        threshold=jnp.float32(0.4), block=block,
-    )  # fmt: skip
+    return dataclasses.replace(base, monitor=monitor, threshold=jnp.float32(0.4))
 
 
 EXAMPLES = (

@@ -13,7 +13,7 @@ References:
 
 Differs from the paper: q is a power of two; the scale of least error is taken, over all four; the scales are tuned on
 normal samples by a coordinate search for each q instead of by dynamic programming; the index of the scale is stored in
-2 bits without entropy coding.
+2 bits without entropy coding; in a cache, the stored scale makes up for what the code shortens.
 """
 
 import jax
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxquant import packing, quantizers, rotations
 from jaxquant._pytree import pytree, static
+from jaxquant.methods import turboquant
 from jaxquant.protocols import Rotation
 
 BLOCK = 8
@@ -42,12 +43,14 @@ class Lattice:
         rotation: applied first.
         scales: four factors of the lattice, for blocks of unit variance.
         bits: of a coordinate; q = 2**bits.
-        scale_dtype: of the norm.
+        scale: what the stored scale keeps right; see `quantizers.Scalar`.
+        scale_dtype: of the stored scale.
     """
 
     rotation: Rotation
     scales: Float[Array, " scales"]
     bits: int = static()
+    scale: quantizers.ScaleRule = static(default="norm")
     scale_dtype: quantizers.ScaleDtype = static(default="float16")
 
     @property
@@ -57,14 +60,18 @@ class Lattice:
 
     def quantize(self, x: Float[Array, "*batch dim"], /) -> quantizers.Quantized:
         """Code vectors."""
-        norm, unit = quantizers.split_norm(jnp.nan_to_num(x.astype(jnp.float32)))
-        y = self.rotation.rotate(unit * self.dim**0.5)
+        norm, y = quantizers.normalized(self.rotation, x)
         blocks = y.reshape(*y.shape[:-1], -1, BLOCK)
         scaled = blocks[..., None, :] / self.scales[:, None]  # [..., blocks, scales, 8]
         codes = _coordinates(nearest(scaled), self.bits)
-        errors = jnp.sum((_leader(codes, self.bits) - scaled) ** 2, axis=-1) * self.scales**2
+        points = _leader(codes, self.bits)
+        errors = jnp.sum((points - scaled) ** 2, axis=-1) * self.scales**2
         chosen = jnp.argmin(errors, axis=-1)
-        codes = jnp.take_along_axis(codes, chosen[..., None, None], axis=-2)[..., 0, :]
+        codes, points = (
+            jnp.take_along_axis(each, chosen[..., None, None], axis=-2)[..., 0, :]
+            for each in (codes, points * self.scales[:, None])
+        )
+        norm = norm * quantizers.correction(self.scale, y, points.reshape(y.shape))
         packed = [
             packing.pack(codes.reshape(y.shape), bits=self.bits),
             packing.pack(chosen.astype(jnp.uint8), bits=_SCALE_BITS),
@@ -105,13 +112,14 @@ def nearest(x: Float[Array, "*batch 8"]) -> Float[Array, "*batch 8"]:
     return jnp.where(closer, half, whole)
 
 
-def lattice(key: PRNGKeyArray, *, dim: int, bits: int) -> Lattice:
+def lattice(key: PRNGKeyArray, *, dim: int, bits: int, scale: quantizers.ScaleRule = "norm") -> Lattice:
     """Build the quantizer.
 
     Args:
         key: of the rotation.
         dim: of the vectors; a multiple of 8.
         bits: a coordinate, 2 to 4, beside a quarter of a bit for the scales.
+        scale: what the stored scale keeps right; "norm" is the paper's.
 
     Raises:
         ValueError: an argument is out of range.
@@ -126,11 +134,11 @@ def lattice(key: PRNGKeyArray, *, dim: int, bits: int) -> Lattice:
     if dim % BLOCK:
         raise ValueError(f"dim must be a multiple of {BLOCK}, got {dim}")
     turn = rotations.hadamard(key, dim, rounds=3)
-    return Lattice(rotation=turn, scales=jnp.asarray(_SCALES[bits], jnp.float32), bits=int(bits))
+    return Lattice(rotation=turn, scales=jnp.asarray(_SCALES[bits], jnp.float32), bits=int(bits), scale=scale)
 
 
 def kv(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int) -> tuple[Lattice, Lattice]:
-    """Build the pair of quantizers for a cache.
+    """Build the pair of quantizers for a cache; scales keep what TurboQuant's do.
 
     Example:
         >>> keys, values = kv(jax.random.key(0), dim=64, bits_k=4, bits_v=2)
@@ -138,7 +146,11 @@ def kv(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int) -> tuple[Lattic
         (4, 2)
     """
     first, second = jax.random.split(key)
-    return lattice(first, dim=dim, bits=bits_k), lattice(second, dim=dim, bits=bits_v)
+    of_keys, of_values = turboquant.scales(bits_v)
+    return (
+        lattice(first, dim=dim, bits=bits_k, scale=of_keys),
+        lattice(second, dim=dim, bits=bits_v, scale=of_values),
+    )
 
 
 def _even(x: Float[Array, "*batch 8"]) -> Float[Array, "*batch 8"]:

@@ -9,13 +9,15 @@ References:
     arXiv:2603.28430).
 
 Differs from the paper: rotors are unit quaternions applied as 3x3 matrices, which is the same map as the sandwich
-product in Cl(3, 0) at fewer multiplications; no sign sketch of the residual; dim % 3 coordinates stay as they are.
+product in Cl(3, 0) at fewer multiplications; no sign sketch of the residual; dim % 3 coordinates stay as they are; the
+stored scale makes up for what the code shortens.
 """
 
 import jax
 from jaxtyping import PRNGKeyArray
 
 from jaxquant import codebooks, quantizers, rotations
+from jaxquant.methods import turboquant
 
 
 def rotor(key: PRNGKeyArray, *, dim: int, bits: int, scale: quantizers.ScaleRule = "preserve") -> quantizers.Scalar:
@@ -37,7 +39,7 @@ def rotor(key: PRNGKeyArray, *, dim: int, bits: int, scale: quantizers.ScaleRule
 
 
 def kv(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int) -> tuple[quantizers.Scalar, quantizers.Scalar]:
-    """Build the pair of quantizers for a cache.
+    """Build the pair of quantizers for a cache; scales keep what TurboQuant's do.
 
     Example:
         >>> keys, values = kv(jax.random.key(0), dim=64, bits_k=4, bits_v=4)
@@ -45,7 +47,11 @@ def kv(key: PRNGKeyArray, *, dim: int, bits_k: int, bits_v: int) -> tuple[quanti
         34
     """
     first, second = jax.random.split(key)
-    return rotor(first, dim=dim, bits=bits_k), rotor(second, dim=dim, bits=bits_v)
+    of_keys, of_values = turboquant.scales(bits_v)
+    return (
+        rotor(first, dim=dim, bits=bits_k, scale=of_keys),
+        rotor(second, dim=dim, bits=bits_v, scale=of_values),
+    )
 
 
 EXAMPLES = (lambda: rotor(jax.random.key(0), dim=64, bits=3),)

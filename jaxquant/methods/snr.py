@@ -13,6 +13,7 @@ References:
 Differs from tqai: the ratio comes from a schedule and not from the caller's context, where nobody puts it.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -96,8 +97,7 @@ def stream(key: PRNGKeyArray, *, dim: int, bits: int, steps: int = 50, threshold
         (50,)
     """
     base = delta.stream(key, dim=dim, bits=bits)
-    scorer = Noise(snr=cosine(steps))
-    return Stream(quantizer=base.quantizer, strategy=base.strategy, scorer=scorer, threshold=jnp.float32(threshold))
+    return dataclasses.replace(base, scorer=Noise(snr=cosine(steps)), threshold=jnp.float32(threshold))
 
 
 EXAMPLES = (lambda: Noise(snr=cosine(8)), lambda: stream(jax.random.key(0), dim=64, bits=4, steps=8))

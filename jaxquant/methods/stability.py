@@ -14,6 +14,8 @@ Differs from tqai, where nothing calls the monitor and its threshold exists on n
 entropy of real attention weights and the strategy obeys the threshold.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -98,10 +100,7 @@ def pipeline(
     """
     base = palm.pipeline(key, dim=dim, bits_k=bits_k, bits_v=bits_v, share=share, block=block)
     monitor = Stability(tolerance=jnp.float32(0.3), fallen=jnp.float32(0.3), risen=jnp.float32(0.6))
-    return Pipeline(
-        keys=base.keys, values=base.values, strategy=base.strategy, scorer=base.scorer, monitor=monitor,
-        threshold=jnp.float32(0.4), block=block,
-    )  # fmt: skip
+    return dataclasses.replace(base, monitor=monitor, threshold=jnp.float32(0.4))
 
 
 EXAMPLES = (

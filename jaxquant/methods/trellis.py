@@ -18,6 +18,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from jaxquant import quantizers, rotations, trellis
+from jaxquant.methods import turboquant
 
 _PATTERNS = {0: (0,), 1: (1, 0, 0, 0), 2: (1, 0), 3: (1, 1, 1, 0)}  # of quarters of a bit above the whole ones
 
@@ -79,9 +80,10 @@ def kv(
         (24, 20)
     """
     first, second = jax.random.split(key)
+    of_keys, of_values = turboquant.scales(bits_v)
     return (
-        mse(first, dim=dim, bits=bits_k, states=states, scale="preserve"),
-        mse(second, dim=dim, bits=bits_v, states=states, scale="preserve" if bits_v >= 3 else "unbiased"),
+        mse(first, dim=dim, bits=bits_k, states=states, scale=of_keys),
+        mse(second, dim=dim, bits=bits_v, states=states, scale=of_values),
     )
 
 

@@ -123,10 +123,21 @@ def kv(
         ('preserve', 'unbiased')
     """
     first, second = jax.random.split(key)
+    of_keys, of_values = scales(bits_v)
     return (
-        mse(first, dim=dim, bits=bits_k, scale="preserve", fused=fused),
-        mse(second, dim=dim, bits=bits_v, scale="unbiased" if bits_v <= 2 else "preserve", fused=fused),
+        mse(first, dim=dim, bits=bits_k, scale=of_keys, fused=fused),
+        mse(second, dim=dim, bits=bits_v, scale=of_values, fused=fused),
     )
+
+
+def scales(bits_v: int | float) -> tuple[quantizers.ScaleRule, quantizers.ScaleRule]:
+    """Give what the scales of keys and values keep right in a cache, whatever the code; see `kv`.
+
+    Example:
+        >>> scales(2)
+        ('preserve', 'unbiased')
+    """
+    return "preserve", "unbiased" if bits_v < 3 else "preserve"
 
 
 EXAMPLES = (

@@ -4,9 +4,9 @@ python tests/bench/bench_calibration.py --model DIR --tokens FILE --output FOLDE
 
 FILE is an .npz with `held_out`, `wikitext2_test` (one long row each) and `needles` (rows). What takes long is done once
 and kept in FOLDER: what is measured of the model, and the scores of every setting. A run that was interrupted goes on,
-`--needle-rows` may be raised later, and `--processes N` shares the work. Calibration reads `held_out` from
-100,000 and `wikitext2_test` from 200,000 on, scores are of the first rows of both, and the pass keys that calibration
-sees are made by the library: nothing that is scored is calibrated on.
+`--needle-rows` may be raised later, and `--processes N` shares the work out over N processes and the cores.
+Calibration reads `held_out` from 100,000 and `wikitext2_test` from 200,000 on, scores are of the first rows of both,
+and the pass keys that calibration sees are made by the library: nothing that is scored is calibrated on.
 
 Everything is float32, products of matrices included. Bits count all that is held: codes, gains, scales, sinks, window.
 """
@@ -15,8 +15,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import workers
 from flax import nnx
 
 from jaxquant import evaluate, models, needles, quantizers
@@ -71,8 +70,7 @@ class Setting:
     @property
     def file(self) -> str:
         """Name of the file with its scores."""
-        words = f"{self.table} {self.name} {self.sinks} {self.window}"
-        return "".join(c if c.isalnum() or c == "." else "-" for c in words) + ".json"
+        return workers.file_name(f"{self.table} {self.name} {self.sinks} {self.window}")
 
 
 class Bench:
@@ -154,7 +152,7 @@ class Bench:
         if setting.needles and len(report["needles"]) < o.needle_rows:
             hits = self.retrieved(functools.partial(self.cache, setting, pair), len(report["needles"]))
             report["needles"] += hits
-        file.write_text(json.dumps(report))
+        workers.write(file, report)
         self.say(setting.table, "|", setting.name, "|", row(report, self.reference))
         jax.clear_caches()
 
@@ -226,7 +224,7 @@ class Bench:
             tokens = self.tokens["needles"][: self.options.needle_rows]
             known["asked"] = needles.answers(tokens, self.model.tokenizer).sum(axis=1).tolist()
             known["right"] += self.retrieved(self.exact, len(known["right"]))
-            file.write_text(json.dumps(known))
+            workers.write(file, known)
         return known
 
 
@@ -344,6 +342,8 @@ def kept(right: list[int], reference: dict[str, list[int]]) -> str:
 
 def show(reports: list[dict[str, Any]], reference: dict[str, list[int]]) -> None:
     """Print the tables."""
+    if not reports:
+        return
     base = reports[0]
     print(
         f"uncompressed: perplexity {base['held_out']['baseline']:.3f}, "
@@ -365,8 +365,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tables", nargs="*", help="beginnings of the names of tables; all by default")
     parser.add_argument("--names", nargs="*", help="beginnings of the names of rows; all by default")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--part", metavar="I/N", help="what a process does of the work")
     parser.add_argument("--measure", action="store_true", help="measure the model, and score nothing")
     parser.add_argument("--rows", type=int, default=6)
     parser.add_argument("--other-rows", type=int, default=6)
@@ -375,45 +373,40 @@ def main() -> None:
     parser.add_argument("--row-len", type=int, help="tokens of a row of calibration text")
     parser.add_argument("--share", type=float, default=1.0, help="of the rows of calibration text")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--table", action="store_true", help="print what --output has, and measure nothing")
     parser.add_argument("--json", action="store_true")
+    workers.add_options(parser)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.processes > 1:
         for extra in (["--measure"], []):
-            share(options.processes, extra)
+            workers.share(options, *extra)
+        options.table = True
     jax.config.update("jax_default_matmul_precision", "highest")
-    bench = Bench(options)
+    bench, mine = Bench(options), workers.Work(options)
     wanted = [
         setting for setting in settings(bench.model)
         if (not options.tables or setting.table.startswith(tuple(options.tables)))
         and (not options.names or setting.name.startswith(tuple(options.names)))
     ]  # fmt: skip
-    index, parts = map(int, (options.part or "0/1").split("/"))
     if options.measure:
-        for text in list(dict.fromkeys(setting.text for setting in wanted if setting.text))[index::parts]:
-            bench.measured(text)
-        return
-    for setting in wanted[index::parts]:
-        bench.score(setting)
-    if options.part is None:
-        reports = [json.loads((options.output / setting.file).read_text()) for setting in wanted]
+        for text in dict.fromkeys(setting.text for setting in wanted if setting.text):
+            mine.do(f"measuring {text}", functools.partial(bench.measured, text))
+        mine.do("pass keys without compression", lambda: bench.reference)
+    elif not options.table:
+        for setting in wanted:
+            mine.do(f"{setting.table}, {setting.name}", functools.partial(bench.score, setting))
+    if options.claims is None and not options.measure:
+        files = [options.output / setting.file for setting in wanted]
+        reports = [json.loads(file.read_text()) for file in files if file.exists()]
         if options.json:
             print(json.dumps({"settings": reports, "needles": bench.reference}, indent=2))
         else:
             show(reports, bench.reference)
-
-
-def share(processes: int, extra: list[str]) -> None:
-    """Run this command in several processes, each of which does a part."""
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    running = [
-        subprocess.Popen([sys.executable, *sys.argv, *extra, "--processes", "1", "--part", f"{i}/{processes}"],
-                         env=environment, stdout=subprocess.DEVNULL)
-        for i in range(processes)
-    ]  # fmt: skip
-    failed = sum(process.wait() != 0 for process in running)
-    if failed:
-        print(f"{failed} of {processes} processes failed", file=sys.stderr)
+            missing = [setting.name for setting, file in zip(wanted, files, strict=True) if not file.exists()]
+            if missing:
+                print(f"\nNot measured yet: {'; '.join(missing)}.")
+    mine.end()
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def step(model: Model, attend: Callable[..., Any], matrices: list, held: Any, x:
 def packed(model: Model, batch: int, context: int, bits: tuple[int, int], steps: int, implementation: str) -> tuple:
     """Give a full cache of codes, how a layer uses it, and how to forget the steps of a run."""
     shape = attention_benchmark.Shape(batch=batch, tokens=context, heads=model.heads, kv_heads=model.kv_heads, dim=DIM)
-    held = attention_benchmark.filled(shape, bits, layers=model.layers)
+    held = attention_benchmark.filled(shape, attention_benchmark.scalars(bits, DIM), layers=model.layers)
 
     def attend(held: Any, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
         held = cache.append(held, layer, k, v)

@@ -1,9 +1,10 @@
 """What a short decode attention is made of: the kernels of one call and the gaps between them, beside cuDNN's.
 
-    python tests/bench/bench_latency.py [--tokens 4096] [--bits K4V4,K2V2]
+    python tests/bench/bench_latency.py [--rows 1] [--tokens 4096] [--bits K4V4,K2V2]
+    ncu --clock-control none -k decode --section ... python tests/bench/bench_latency.py --once [--rows 32]
 
-One row, 32 heads, 8 kv heads of 128. Times come from JAX's profiler over a loop of calls, each of which waits for the
-one before.
+32 heads, 8 kv heads of 128. Times come from JAX's profiler over a loop of calls, each of which waits for the one
+before; `--once` calls each kernel once and leaves profiling to another profiler.
 """
 
 import argparse
@@ -21,13 +22,15 @@ CALLS = 64
 def main() -> None:
     """Print a profile for each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--bits", default="K4V4,K2V2")
+    parser.add_argument("--once", action="store_true", help="for other profilers")
     arguments = parser.parse_args()
-    shape = attention_benchmark.Shape(batch=1, tokens=arguments.tokens, heads=32, kv_heads=8, dim=128)
-    q = jax.random.normal(jax.random.key(1), (1, 32, 128), jnp.bfloat16)
+    shape = attention_benchmark.Shape(batch=arguments.rows, tokens=arguments.tokens, heads=32, kv_heads=8, dim=128)
+    q = jax.random.normal(jax.random.key(1), (arguments.rows, 32, 128), jnp.bfloat16)
     base = jax.random.normal(jax.random.key(0), (2**20,), jnp.bfloat16)
-    k = _stopwatch.tiled(base, (1, arguments.tokens, 8, 128))
+    k = _stopwatch.tiled(base, (arguments.rows, arguments.tokens, 8, 128))
 
     def packed(q, held):
         return attention.decode_attention(q, held, 0, implementation="cuda")[0]
@@ -37,8 +40,16 @@ def main() -> None:
 
     calls = {"cudnn": (cudnn, (k, k[:, ::-1]))}
     for bits in arguments.bits.split(","):
-        calls[bits] = packed, attention_benchmark.filled(shape, attention_benchmark.widths(bits), layers=1)
+        calls[bits] = (
+            packed,
+            attention_benchmark.filled(
+                shape, attention_benchmark.scalars(attention_benchmark.widths(bits), shape.dim), layers=1
+            ),
+        )
     for name, (attend, held) in calls.items():
+        if arguments.once:
+            jax.block_until_ready(jax.jit(attend)(q, held))
+            continue
 
         def step(q, held, attend=attend):
             return _stopwatch.chained(q, attend(q, held))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from jaxquant import trial
+from jaxquant import comparison, trial
 from jaxquant.methods import turboquant
 
 SETTINGS = [(k, v, sinks, window) for sinks, window in ((0, 0), (4, 128)) for k, v in ((4, 4), (4, 2), (3, 2), (2, 2))]
@@ -46,8 +46,8 @@ def main() -> None:
         chosen = trial.Trial.load(
             options.model, method, bits_k=k, bits_v=v, sinks=sinks, window=window, seed=options.seed
         )
-        report = chosen.measure(
-            options.tokens, start=0, rows=options.rows, seq_len=options.seq_len, needle_file=options.needles,
+        report = comparison.measure(
+            chosen, options.tokens, start=0, rows=options.rows, seq_len=options.seq_len, needle_file=options.needles,
             needle_rows=options.needle_rows, chunk=256, batch=8, progress=lambda *_: None,
         )  # fmt: skip
         reports.append({"bits_k": k, "bits_v": v, "sinks": sinks, "window": window, **report})

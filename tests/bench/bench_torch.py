@@ -9,12 +9,16 @@ path over K4/V2 codes, and with the uncompressed cache.
 
 A quantizer is not continuous: a number next to a threshold gets another code after any rounding, which moves later
 layers by more than rounding, and so on. So the JAX path's own continuation is also read by torch, and the distance of
-the two logits is put beside that of torch from itself with its embedding moved by one part in a million.
+the two logits is put beside that of torch from itself with its embedding moved by rounding, one part in a million in
+float32.
+
+No repeat is begun after `--seconds`. What fails, such as a backend that is not installed, is named and left out.
 """
 
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import sys
@@ -22,6 +26,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared with torch
 
 import jax
 import jax.numpy as jnp
@@ -97,9 +103,9 @@ def distances(model: Any, ids: torch.Tensor, tokens: list[int], of_jax: np.ndarr
     }
     found = {name: forced(model, ids, tokens, make()) for name, make in ways.items()}
     weight = model.get_input_embeddings().weight
-    before = weight.detach().clone()
+    before, amount = weight.detach().clone(), max(1e-6, torch.finfo(weight.dtype).eps)
     with torch.no_grad():
-        weight.mul_(1 + 1e-6 * torch.randn_like(weight, dtype=torch.float32).to(weight.dtype))
+        weight.copy_(weight.float() * (1 + amount * torch.randn_like(weight, dtype=torch.float32)))
     moved = {name: forced(model, ids, tokens, make()) for name, make in ways.items()}
     with torch.no_grad():
         weight.copy_(before)
@@ -108,11 +114,11 @@ def distances(model: Any, ids: torch.Tensor, tokens: list[int], of_jax: np.ndarr
     print("tokens of the largest difference of a logit:")
     for name, (one, other) in {
         "torch - JAX, K4/V2": (found["packed"], of_jax),
-        "torch - torch with an embedding moved by 1e-6, K4/V2": (found["packed"], moved["packed"]),
-        "torch - torch with an embedding moved by 1e-6, DynamicCache": (found["exact"], moved["exact"]),
+        f"torch - torch with an embedding moved by {amount:.0e}, K4/V2": (found["packed"], moved["packed"]),
+        f"torch - torch with an embedding moved by {amount:.0e}, DynamicCache": (found["exact"], moved["exact"]),
         "K4/V2 - DynamicCache": (found["packed"], found["exact"]),
     }.items():
-        print(f"  {name:<60}{np.median(np.abs(one - other).max(-1)):.2e}", flush=True)
+        print(f"  {name:<63}{np.median(np.abs(one - other).max(-1)):.2e}", flush=True)
 
 
 def agreement(one: list[int], other: list[int]) -> int:
@@ -148,10 +154,14 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--without-jax", action="store_true", help="leave the JAX path out")
+    parser.add_argument("--seconds", type=float, default=60, help="begin no repeat after so many, but for the first")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     transformers.logging.disable_progress_bar()
+    jax.config.update("jax_default_matmul_precision", "highest")  # as torch multiplies, on a GPU too
+    if options.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     model = model.to(options.device).eval()
     row = token_files.read(models.load(options.model), options.tokens)[: options.prompt].astype(int).tolist()
@@ -165,21 +175,29 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}",
         flush=True,
     )
-    reference: list[int] = []
+    began, reference = time.perf_counter(), []
     if not options.without_jax:
-        reference, of_jax = jax_path(options.model, row, options.new, pair, options.dtype)
-        distances(model, ids, reference, of_jax, pair)
+        try:
+            reference, of_jax = jax_path(options.model, row, options.new, pair, options.dtype)
+            distances(model, ids, reference, of_jax, pair)
+        except Exception as error:  # the caches can be measured all the same
+            print(f"JAX path: not measured: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        print(f"  {time.perf_counter() - began:.0f} s", flush=True)
 
     found: dict[str, dict[str, Any]] = {}
     ways = caches(config, pair)
     for repeat in range(options.repeats + 1):  # the first warms up
+        if repeat > 1 and time.perf_counter() - began > options.seconds:
+            print(f"{repeat - 1} repeats: the time is over", flush=True)
+            break
         for name, make in list(ways.items()):
             try:
                 cache = make()
                 tokens, prefill, steps = generated(model, ids, cache, options.new)
-            except Exception as error:  # whatever another project's backend raises, the rest is still measured
+            except Exception as error:  # whatever another project's backend raises
                 print(f"{name}: not measured: {type(error).__name__}: {str(error)[:200]}", flush=True)
                 del ways[name]
+                found.pop(name, None)
                 continue
             entry = found.setdefault(name, {"tokens": tokens, "bytes": reachable(cache), "prefill": [], "steps": []})
             if repeat:

@@ -1,19 +1,26 @@
 """How far does torch follow the JAX path over the same codes, and how far can any implementation?
 
-    python tests/bench/bench_torch_agreement.py --model DIR --tokens FILE:NAME [--prompts 8] [--json FILE]
+    python tests/bench/bench_torch_agreement.py --model DIR --tokens FILE:NAME [--device cuda] [--json FILE]
 
 A quantizer is not continuous: a number next to a threshold gets another code after any rounding, which moves later
 layers by more than rounding, and so on. So beside torch against JAX stands JAX against itself with its embedding moved
 by one part in ten million, half a unit in the last place of float32: whoever differs no more than that computes the
 same thing. For every cache and prompt the table has the leading new tokens that agree in greedy generation; the most
 probable tokens that agree where both read one continuation; and the largest difference of a logit there.
+
+All prompts are one batch, so that eight cost little more than one. No cache is begun after `--seconds`.
 """
 
 import argparse
+import functools
 import json
+import os
 import statistics
+import time
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared with torch
 
 import jax
 import jax.numpy as jnp
@@ -31,27 +38,37 @@ MOVED = 1e-7
 CACHES = {"exact": (0, 0), "K4/V2": (0, 0), "K4/V2, 4 sinks, window 128": (4, 128)}
 
 
+@functools.partial(jax.jit, static_argnames=("graph", "last"))
+def run(graph: Any, weights: Any, cache: Any, ids: jax.Array, last: int | None) -> tuple[jax.Array, Any]:
+    """Read tokens; give the logits behind the last ones, all if None."""
+    decoder = nnx.merge(graph, weights)
+    hidden, cache = decoder.hidden(ids, cache)
+    return decoder.logits(hidden if last is None else hidden[:, -last:]), cache
+
+
 class Jax:
     """The JAX path: greedy tokens, and logits along given ones."""
 
     def __init__(self, model: models.Model, pair: tuple[Any, Any], capacity: int):
         exact = quantizers.Exact(dim=model.architecture.dim, dtype="float32")
-        self.model, self.capacity = model, capacity
+        self.decoder, self.capacity = model.decoder, capacity
         self.pairs = {name: (exact, exact) if name == "exact" else pair for name in CACHES}
 
-    def cache(self, name: str) -> Any:
+    def cache(self, name: str, rows: int) -> Any:
         sinks, window = CACHES[name]
-        return self.model.decoder.init_cache(
-            *self.pairs[name], batch=1, capacity=self.capacity, sinks=sinks, window=window, dtype="float32"
+        return self.decoder.init_cache(
+            *self.pairs[name], batch=rows, capacity=self.capacity, sinks=sinks, window=window, dtype="float32"
         )
 
-    def generate(self, name: str, prompt: list[int], new: int) -> list[int]:
-        return models.generate(None, self.model.decoder, self.cache(name), [prompt], max_tokens=new).tokens[0]
+    def generate(self, name: str, prompts: np.ndarray, new: int) -> np.ndarray:
+        held = self.cache(name, len(prompts))
+        return np.array(models.generate(None, self.decoder, held, prompts.tolist(), max_tokens=new).tokens)
 
-    def read(self, name: str, prompt: list[int], tokens: list[int]) -> np.ndarray:
-        first, held = self.model.decoder(jnp.asarray([prompt], jnp.int32), self.cache(name))
-        rest, _ = self.model.decoder(jnp.asarray([tokens], jnp.int32), held)
-        return np.asarray(jnp.concatenate([first[0, -1:], rest[0, :-1]]))
+    def read(self, name: str, prompts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        split, held = nnx.split(self.decoder), self.cache(name, len(prompts))
+        first, held = run(*split, held, jnp.asarray(prompts, jnp.int32), 1)
+        rest, _ = run(*split, held, jnp.asarray(tokens, jnp.int32), None)
+        return np.asarray(jnp.concatenate([first, rest[:, :-1]], axis=1))
 
 
 class Torch:
@@ -66,20 +83,20 @@ class Torch:
             return DynamicCache(config=self.model.config)
         return CompressedCache(self.model.config, *self.pair, sinks=sinks, window=window)
 
-    def generate(self, name: str, prompt: list[int], new: int) -> list[int]:
-        ids = torch.tensor([prompt])
+    def generate(self, name: str, prompts: np.ndarray, new: int) -> np.ndarray:
+        ids = torch.from_numpy(prompts).to(self.model.device)
         out = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), past_key_values=self.cache(name), max_new_tokens=new,
             do_sample=False, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-        return out[0, len(prompt) :].tolist()
+        return out[:, prompts.shape[1] :].cpu().numpy()
 
     @torch.no_grad()
-    def read(self, name: str, prompt: list[int], tokens: list[int]) -> np.ndarray:
-        cache = self.cache(name)
-        first = self.model(torch.tensor([prompt]), past_key_values=cache).logits[0, -1:]
-        rest = self.model(torch.tensor([tokens]), past_key_values=cache).logits[0, :-1]
-        return torch.cat([first, rest]).numpy()
+    def read(self, name: str, prompts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        cache, device = self.cache(name), self.model.device
+        first = self.model(torch.from_numpy(prompts).to(device), past_key_values=cache, logits_to_keep=1).logits
+        rest = self.model(torch.from_numpy(tokens).to(device), past_key_values=cache).logits[:, :-1]
+        return torch.cat([first, rest], dim=1).cpu().numpy()
 
 
 def moved(model: models.Model) -> None:
@@ -89,9 +106,9 @@ def moved(model: models.Model) -> None:
     embedding[...] = embedding[...] * (1 + MOVED * sign)
 
 
-def leading(one: list[int], other: list[int]) -> int:
+def leading(one: np.ndarray, other: np.ndarray) -> int:
     """Count leading tokens that are the same."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+    return int((one == other).cumprod().sum())
 
 
 def main() -> None:
@@ -101,42 +118,58 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="one after the other from the start of the tokens")
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--new", type=int, default=64, help="tokens")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of both frameworks")
+    parser.add_argument("--seconds", type=float, default=120, help="begin no other cache after so many")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
+    began = time.perf_counter()
     transformers.logging.disable_progress_bar()
     jax.config.update("jax_default_matmul_precision", "highest")
+    if options.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
     ours, other = (models.load(options.model, dtype="float32") for _ in range(2))
     moved(other)
     # Levels that do not depend on the machine, so that both paths have the same on all of them.
     pair = turboquant.kv(jax.random.key(0), dim=ours.architecture.dim, bits_k=4, bits_v=2, fused=False)
     capacity = -(-(options.prompt + options.new) // 64) * 64
-    of_torch = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    of_torch: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    of_torch = of_torch.to(options.device).eval()
     reference = Jax(ours, pair, capacity)
     peers = {"torch": Torch(of_torch, pair), f"JAX moved by {MOVED:g}": Jax(other, pair, capacity)}
-    ids = token_files.read(ours, options.tokens).astype(int)
-    prompts = [ids[i * options.prompt : (i + 1) * options.prompt].tolist() for i in range(options.prompts)]
+    ids = token_files.read(ours, options.tokens)[: options.prompts * options.prompt].astype(np.int64)
+    prompts = ids.reshape(options.prompts, options.prompt)
 
     found = []
     for name in CACHES:
-        for number, prompt in enumerate(prompts):
-            tokens = reference.generate(name, prompt, options.new)
-            logits = reference.read(name, prompt, tokens)
-            for peer, way in peers.items():
-                got = way.read(name, prompt, tokens)
-                found.append({
-                    "cache": name, "prompt": number, "peer": peer,
-                    "leading": leading(tokens, way.generate(name, prompt, options.new)),
-                    "same_top": int((got.argmax(-1) == logits.argmax(-1)).sum()),
-                    "difference": float(np.median(np.abs(got - logits).max(-1))),
-                })  # fmt: skip
-                print(found[-1], flush=True)
-    print(f"\n{len(prompts)} prompts of {options.prompt} tokens and {options.new} new ones, float32\n")
+        if time.perf_counter() - began > options.seconds:
+            print(f"{name}: not measured, the time is over", flush=True)
+            continue
+        tokens = reference.generate(name, prompts, options.new)
+        logits = reference.read(name, prompts, tokens)
+        for peer, way in peers.items():
+            got, continued = way.read(name, prompts, tokens), way.generate(name, prompts, options.new)
+            found += [
+                {
+                    "cache": name, "prompt": row, "peer": peer, "leading": leading(tokens[row], continued[row]),
+                    "same_top": int((got[row].argmax(-1) == logits[row].argmax(-1)).sum()),
+                    "difference": float(np.median(np.abs(got[row] - logits[row]).max(-1))),
+                }
+                for row in range(len(prompts))
+            ]  # fmt: skip
+            print(f"{name}, {peer}: {time.perf_counter() - began:.0f} s", flush=True)
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(
+        f"\n{len(prompts)} prompts of {options.prompt} tokens and {options.new} new ones, float32; {where}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, jax {jax.__version__}\n"
+    )
     print("| cache | beside JAX | whole continuations the same | leading tokens, median | same top token | logits |")
     print("|---|---|---|---|---|---|")
     for name in CACHES:
         for peer in peers:
             rows = [row for row in found if (row["cache"], row["peer"]) == (name, peer)]
+            if not rows:
+                continue
             whole = sum(row["leading"] == options.new for row in rows)
             top = sum(row["same_top"] for row in rows) / (options.new * len(rows))
             print(

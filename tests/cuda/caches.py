@@ -1,5 +1,6 @@
 """Caches full of random codes and numbers, and a reading of codes that shares nothing with the package."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant import cache, codebooks, quantizers, rotations
+from jaxquant import cache, codebooks, quantizers, rotations, trellis
 from jaxquant._stacks import KVCache, Stack, Store
 
 KV_HEADS = 2
@@ -34,19 +35,30 @@ def quick_to_compile() -> dict[str, bool]:
 
 def quantizer(
     book: str, dim: int, rotation: str = "hadamard", dtype: Any = "float16", rule: Any = "norm", seed: int = 0
-) -> quantizers.Scalar:
+) -> Any:
+    """Make a quantizer with one of `BOOKS`, or a trellis such as "2 trellis 64" of so many bits and states.
+
+    "2 trellis 64 other" has other levels than are shipped.
+    """
     rng = np.random.default_rng(seed)
     turn: Any = rotations.Identity(dim=dim)
     if rotation == "haar":
         turn = rotations.Dense(matrix=jnp.asarray(np.linalg.qr(rng.standard_normal((dim, dim)))[0], jnp.float32))
     elif rotation.startswith("hadamard"):
         turn = rotations.Hadamard(signs=jnp.asarray(rng.choice([-1, 1], (3 if "3" in rotation else 1, dim)), jnp.int8))
+    if "trellis" in book:
+        bits, _, states, *other = book.split()
+        code = trellis.code((((int(bits),), dim),), states=int(states))
+        if other:
+            levels = rng.standard_normal(code.tables[0][0].shape).astype(np.float16).astype(np.float32)
+            code = dataclasses.replace(code, tables=((jnp.asarray(levels),),))
+        return trellis.Trellis(rotation=turn, code=code, scale=rule, scale_dtype=dtype)
     return quantizers.Scalar(rotation=turn, codebook=BOOKS[book], bits=int(book[0]), scale=rule, scale_dtype=dtype)
 
 
 def filled(
-    keys: quantizers.Scalar,
-    values: quantizers.Scalar,
+    keys: Any,
+    values: Any,
     *,
     layer: int,
     lengths: tuple[int, ...],
@@ -105,12 +117,22 @@ def indices(made: quantizers.Scalar, packed: np.ndarray) -> np.ndarray:
     return codes if made.bits != 4 else np.where(codes < 8, codes + 8, 15 - codes)
 
 
+def decoded(made: Any, packed: np.ndarray) -> np.ndarray:
+    """Look levels up, in float64: a trellis' windows are cut out of rings of bits."""
+    if isinstance(made, quantizers.Scalar):
+        return np.asarray(made.codebook.centroids, np.float64)[indices(made, packed)]
+    ring = np.unpackbits(packed, axis=-1, bitorder="little").astype(int)
+    width, count = ring.shape[-1] // made.dim, made.code.memory + ring.shape[-1] // made.dim
+    windows = sum(np.roll(ring, -i, axis=-1)[..., ::width] << i for i in range(count))
+    return np.asarray(made.code.tables[0][0], np.float64)[windows]
+
+
 def tokens(held: Store, index: int, length: np.ndarray, exact_from: np.ndarray) -> np.ndarray:
     """Give the vectors that attention reads, in float64: [batch, kv_heads, capacity, dim]."""
     sinks, ring = (np.asarray(x)[index].astype(np.float64) for x in (held.sinks, held.window))
     made, codes = held.quantizer, np.asarray(held.codes.codes)[index]
-    if isinstance(made, quantizers.Scalar):
-        levels = np.asarray(made.codebook.centroids, np.float64)[indices(made, codes)]
+    if not isinstance(made, quantizers.Exact):
+        levels = decoded(made, codes)
         scales = np.asarray(held.codes.scales)[index].astype(np.float64) * made.dim**-0.5
         codes = scales[..., None] * (levels @ _rotation(made))
     x = np.concatenate([sinks, codes.astype(np.float64)], axis=2)
@@ -120,10 +142,10 @@ def tokens(held: Store, index: int, length: np.ndarray, exact_from: np.ndarray) 
     return x
 
 
-def _rotation(made: quantizers.Scalar) -> np.ndarray:
-    return np.asarray(_restore()(made, np.eye(made.dim, dtype=np.float32)), np.float64)
+def _rotation(made: Any) -> np.ndarray:
+    return np.asarray(_restore()(made.rotation, np.eye(made.dim, dtype=np.float32)), np.float64)
 
 
 @functools.cache
 def _restore():
-    return jax.jit(quantizers.Scalar.restore, compiler_options=quick_to_compile())
+    return jax.jit(lambda rotation, y: rotation.unrotate(y), compiler_options=quick_to_compile())

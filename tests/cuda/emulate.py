@@ -1,4 +1,7 @@
-"""Run the CUDA kernels on a CPU: g++ compiles them together with `warp.h`, where a warp's lanes are fibres."""
+"""Run the CUDA kernels on a CPU: g++ compiles them together with `warp.h`, where a warp's lanes are fibres.
+
+Where JAX has an NVIDIA GPU they run there, and what is emulated elsewhere is tested on it.
+"""
 
 import contextlib
 import ctypes
@@ -15,8 +18,8 @@ from unittest import mock
 import jax
 import numpy as np
 
-from jaxquant import _attention, cache
-from jaxquant._kernels import cuda, cuda_encode, nvrtc
+from jaxquant import _attention, _cache
+from jaxquant._kernels import cuda, cuda_encode, cuda_trellis, nvrtc
 
 _HEADER = pathlib.Path(__file__).with_name("warp.h")
 
@@ -48,8 +51,8 @@ def _library(name: str, source: str) -> ctypes.CDLL:
             arguments.append(f"s[{integers}]")
             integers += 1
     body += (
-        'extern "C" void run(void** p, int* s, int x, int y, int threads) '
-        f"{{ launch(x, y, threads, [&] {{ {name}({', '.join(arguments)}); }}); }}\n"
+        'extern "C" void run(void** p, int* s, int x, int y, int threads, int cluster) '
+        f"{{ launch(x, y, threads, cluster, [&] {{ {name}({', '.join(arguments)}); }}); }}\n"
     )
     stem = pathlib.Path(_folder().name) / hashlib.sha256(body.encode()).hexdigest()[:16]
     stem.with_suffix(".cpp").write_text(body)
@@ -63,11 +66,14 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 @contextlib.contextmanager
-def installed(*, cores: int = 132, replace: tuple[str, str] | None = None, swap: dict[int, int] | None = None):
+def installed(
+    *, cores: int = 132, together: int = 8, replace: tuple[str, str] | None = None, swap: dict[int, int] | None = None
+):
     """Let "cuda" run here.
 
     Args:
         cores: multiprocessors to pretend.
+        together: parts of a row that one launch can join.
         replace: a mistake to plant: text of the sources, and what stands there instead.
         swap: another: operands of `decode` that others are passed for.
     """
@@ -81,19 +87,22 @@ def installed(*, cores: int = 132, replace: tuple[str, str] | None = None, swap:
         return text
 
     def forget() -> None:
-        for made in (cuda.kernels, cuda_encode.kernel):
+        for made in (cuda.kernels, cuda_encode.kernel, cuda_trellis.kernel):
             made.cache_clear()
-        traced: Any = (_attention.decode, cache._append)
+        traced: Any = (_attention.decode, _cache.append)
         for function in traced:
             function.clear_cache()
 
-    kernel = functools.partial(_Swapped, swap) if swap else Kernel
+    kernel: Any = nvrtc.Kernel if nvrtc.available() else Kernel
+    if swap:
+        kernel = functools.partial(_swapped(kernel), swap)
     forget()
     try:
         with (
             mock.patch.object(nvrtc, "Kernel", kernel),
             mock.patch.object(cuda, "source", source),
             mock.patch.object(cuda, "cores", return_value=cores),
+            mock.patch.object(cuda, "most_together", return_value=min(together, cuda.most_together())),
         ):
             yield
     finally:
@@ -106,6 +115,8 @@ class Kernel(nvrtc.Kernel):
 
     def __init__(self, name, source, *, threads, capability, shared=0):
         self.name, self.source, self.threads = name, source, threads
+        together = re.search(r"__cluster_dims__\(1, (\d+), 1\)", source)
+        self.cluster = int(together[1]) if together else 1
 
     def __call__(self, operands, integers, results, *, grid, aliases=None):
         aliases = aliases or {}
@@ -122,21 +133,25 @@ class Kernel(nvrtc.Kernel):
                     (ctypes.c_int * len(integers))(*integers),
                     *grid,
                     self.threads,
+                    self.cluster,
                 )
             return made
 
         return jax.pure_callback(run, list(results), *operands)
 
 
-class _Swapped(Kernel):
-    def __init__(self, swap, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.swap = swap
+def _swapped(base: type[nvrtc.Kernel]) -> type[nvrtc.Kernel]:
+    class Swapped(base):
+        def __init__(self, swap, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.swap = swap
 
-    def __call__(self, operands, *args, **kwargs):
-        if self.name == "decode":
-            operands = [operands[self.swap.get(i, i)] for i in range(len(operands))]
-        return super().__call__(operands, *args, **kwargs)
+        def __call__(self, operands, *args, **kwargs):
+            if self.name == "decode":
+                operands = [operands[self.swap.get(i, i)] for i in range(len(operands))]
+            return super().__call__(operands, *args, **kwargs)
+
+    return Swapped
 
 
 def _poisoned(result: jax.ShapeDtypeStruct) -> np.ndarray:

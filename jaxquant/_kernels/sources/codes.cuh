@@ -8,8 +8,9 @@
 //              4 too large, which the query (or output) makes good;
 //   SYMMETRIC  4 bits, codes of sign and magnitude, odd integers: a byte permutation looks magnitudes up;
 //   ANY        2, 3, 4 bits: byte permutations look up bytes, level = (byte - offset) * step;
-//   TABLE      8 bits: halves in shared memory.
-enum Book { UNIFORM, SYMMETRIC, ANY, TABLE };
+//   TABLE      8 bits: halves in shared memory;
+//   TRELLIS    see windows.cuh.
+enum Book { UNIFORM, SYMMETRIC, ANY, TABLE, TRELLIS };
 
 DEVICE constexpr bool has_offset(Book book) { return book == UNIFORM || book == ANY; }
 
@@ -38,32 +39,6 @@ struct Deal {
     static DEVICE int first_byte(int lane, int i) { return HALF ? 2 * lane : 4 * word(lane, i); }
     static DEVICE bool held(int lane, int i) { return HALF || word(lane, i) < L::WORDS; }
 };
-
-template <int ALIGN>
-DEVICE u32 load_word(const u8* p) {
-    if (ALIGN >= 4) return load32(p);
-    return load16(p) | load16(p + 2) << 16;
-}
-
-template <int N, int ALIGN>
-DEVICE void load_words(const u8* p, u32 (&words)[N]) {
-    if constexpr (N % 4 == 0 && ALIGN >= 16) {
-#pragma unroll
-        for (int i = 0; i < N; i += 4) {
-            Words4 x = load128(p + 4 * i);
-            words[i] = x.x, words[i + 1] = x.y, words[i + 2] = x.z, words[i + 3] = x.w;
-        }
-    } else if constexpr (N % 2 == 0 && ALIGN >= 8) {
-#pragma unroll
-        for (int i = 0; i < N; i += 2) {
-            Words2 x = load64(p + 4 * i);
-            words[i] = x.x, words[i + 1] = x.y;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; i++) words[i] = load_word<ALIGN>(p + 4 * i);
-    }
-}
 
 DEVICE constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
 

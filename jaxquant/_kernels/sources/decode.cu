@@ -11,9 +11,10 @@
 // scales enter them times a power of two that keeps them well inside a half.
 //
 // Compiled with: D, HEADS (that share a kv head), KEY_BITS, VALUE_BITS, KEY_BOOK, VALUE_BOOK, KEY_SCALES, VALUE_SCALES,
-// QUERIES (0 float, 1 bfloat16, 2 half), KEY_ROUNDS, SOFT_CAP, SLIDING (0 or 1), WARPS, BLOCKS (per multiprocessor),
-// STAGES (tiles of a warp in shared memory), EVEN (1 where slots are a multiple of 8), PAGE (tokens of a page, a multiple
-// of 32, or 0 where a row's tokens are neighbours).
+// QUERIES (0 float, 1 bfloat16, 2 half), OUTPUT, KEY_ROUNDS, VALUE_ROUNDS, SOFT_CAP, SLIDING (0 or 1), WARPS, BLOCKS (per
+// multiprocessor), STAGES (tiles of a warp in shared memory), KEY_WINDOW and VALUE_WINDOW (see windows.cuh), EVEN (1 where
+// slots are a multiple of 8), PAGE (tokens of a page, a multiple of 32, or 0 where a row's tokens are neighbours), CLUSTER
+// (parts of a row that are joined here, by blocks that wait for each other, or 0 where `combine` does it).
 
 constexpr int COLUMNS = HEADS > 8 && D <= 128 ? 16 : 8;
 constexpr int SIDES = COLUMNS / 8;               // products of values
@@ -27,9 +28,12 @@ constexpr int KEY_STEPS = KEY_WORDS * Keys::PER_WORD / 2;
 constexpr int VALUE_WORDS = Values::Mine::N;
 constexpr int VALUE_TILES = VALUE_WORDS * Values::PER_WORD / 2;
 
-// A score: integers of both halves of the query, or a float beside nothing.
+constexpr bool KEY_HALVES = KEY_BOOK == TABLE || KEY_BOOK == TRELLIS;
+constexpr bool TWO_HALVES = KEY_BOOK == TRELLIS;  // of a query: what the first one leaves is another column
+
+// A score: integers or floats of both parts of the query.
 DEVICE float whole(int upper, int lower) { return D > 128 ? 256.0f * (float)upper + (float)lower : (float)(256 * upper + lower); }
-DEVICE float whole(float x, float) { return x; }
+DEVICE float whole(float x, float rest) { return TWO_HALVES ? x + rest : x; }
 DEVICE void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     multiply_bytes<KEY_BOOK == SYMMETRIC>(c, a0, a1, a2, a3, b0, b1);
 }
@@ -38,21 +42,24 @@ template <Book>
 struct ScoreOf { typedef int type; };
 template <>
 struct ScoreOf<TABLE> { typedef float type; };
+template <>
+struct ScoreOf<TRELLIS> { typedef float type; };
 typedef ScoreOf<KEY_BOOK>::type Score;
 
 DEVICE int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
 
-KERNEL(THREADS, BLOCKS) decode(
+KERNEL(THREADS, BLOCKS) TOGETHER decode(
     const void* __restrict__ q, const int* __restrict__ layer, const int* __restrict__ index,
     const int* __restrict__ length, const int* __restrict__ exact_from, const float* __restrict__ scale, const float* __restrict__ soft_cap,
     const int* __restrict__ sliding, const int* __restrict__ table, const u8* __restrict__ key_codes, const u8* __restrict__ key_scales,
     const float* __restrict__ key_levels, const signed char* __restrict__ key_signs,
     const u8* __restrict__ value_codes, const u8* __restrict__ value_scales, const float* __restrict__ value_levels,
-    float* __restrict__ out, float* __restrict__ sums, int layers, int batch, int kv_heads, int slots, int sinks,
+    const signed char* __restrict__ value_signs, float* __restrict__ parts, float* __restrict__ sums,
+    void* __restrict__ out, float* __restrict__ lse, int layers, int batch, int kv_heads, int slots, int sinks,
     int window, int all_layers) {
     ARENA u8 arena[];
     constexpr int PITCH = D + 8, OUT_PITCH = D + 1;  // against bank conflicts
-    SHARED u16 queries[COLUMNS * PITCH];
+    SHARED u16 queries[(1 + TWO_HALVES) * COLUMNS * PITCH];
     SHARED float warp_peak[WARPS][COLUMNS], warp_total[WARPS][COLUMNS];
     SHARED float bias_of[COLUMNS];
     SHARED u16 key_table[KEY_BOOK == TABLE ? 256 : 2], value_table[VALUE_BOOK == TABLE ? 256 : 2];
@@ -80,6 +87,12 @@ KERNEL(THREADS, BLOCKS) decode(
         }
     key_book.prepare(key_levels, key_table, THREADS);
     value_book.prepare(value_levels, value_table, THREADS);
+    if constexpr (TABLE_BYTES) {
+        int of_keys, of_values;
+        prepare_windows<KEY_BITS, VALUE_BITS>(arena, key_levels, value_levels, THREADS, of_keys, of_values);
+        give_table(key_book, arena, of_keys);
+        give_table(value_book, arena, of_values);
+    }
 
     // The tokens of this block: its share of those that the row reads from codes.
     const int tokens = length[lengths], unexact = exact_from[lengths];
@@ -101,7 +114,7 @@ KERNEL(THREADS, BLOCKS) decode(
     // Tiles end inside the buffer: the last one may start before its tokens, which are masked.
     const int last_start = slots - TILE;
     const int mix = g / 2 + 4 * (g % 2);
-    u8* stages = arena + warp * STAGES * STAGE;
+    u8* stages = arena + TABLE_BYTES + warp * STAGES * STAGE;
     int at = (first & (PAGE ? ~(TILE - 1) : ~7)) + warp * TILE;  // a tile is part of one page
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
@@ -125,7 +138,7 @@ KERNEL(THREADS, BLOCKS) decode(
     for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, warp_peak[w][0]);
     // Queries become integers of 16 bits, or halves where keys are; `key_unit` undoes the factor.
     largest = largest > 1e-30f ? largest : 1e-30f;
-    const float grow = (KEY_BOOK == TABLE ? 256.0f : 32600.0f) / largest;
+    const float grow = (KEY_HALVES ? 256.0f : 32600.0f) / largest;
     const float key_unit = key_book.step * rsqrt_(D) / grow;
 #pragma unroll
     for (int k = 0; k < PER_WARP; k++)
@@ -133,13 +146,17 @@ KERNEL(THREADS, BLOCKS) decode(
         for (int i = 0; i < PER_LANE; i++) {
             const int head = k * WARPS + warp, c = lane * PER_LANE + i;
             const float x = turned_query[k][i] * grow;
-            if (head < COLUMNS && c < D)
-                queries[head * PITCH + c] = KEY_BOOK == TABLE ? (u16)pack_halves(x, 0.0f) : (u16)(short)rint_(x);
+            if (head < COLUMNS && c < D) {
+                const u16 first = KEY_HALVES ? (u16)pack_halves(x, 0.0f) : (u16)(short)rint_(x);
+                queries[head * PITCH + c] = first;
+                if (TWO_HALVES)
+                    queries[(COLUMNS + head) * PITCH + c] = (u16)pack_halves(x - half_to_float(first), 0.0f);
+            }
         }
     sync();
 
     // Column g of product k: a byte of head 4 k + g / 2, the upper one where g is even. Halves: head 4 k + g / 2 in even
-    // columns, and nothing in odd ones.
+    // columns, and nothing in odd ones, or what the half left.
     u32 query[KEY_STEPS][FOURS][2];
 #pragma unroll
     for (int k = 0; k < FOURS; k++) {
@@ -153,7 +170,9 @@ KERNEL(THREADS, BLOCKS) decode(
 #pragma unroll
                 for (int e = 0; e < Keys::EACH; e++) {
                     const int c = Keys::coordinate(t, i, h, e);
-                    if (KEY_BOOK == TABLE) {
+                    if (TWO_HALVES) {
+                        both |= (u32)head[g % 2 * COLUMNS * PITCH + c] << 16 * e;
+                    } else if (KEY_HALVES) {
                         both |= (c < 0 || g % 2 ? 0u : (u32)head[c]) << 16 * e;
                     } else {
                         int x = c < 0 ? 0 : (int)(short)head[c];
@@ -375,7 +394,19 @@ KERNEL(THREADS, BLOCKS) decode(
             sum += decay * warp_total[w][head];
         }
         const long long place = (base + head) * blocks_y() + part;
-        out[place * D + c] = x;
+        parts[place * D + c] = x;
         if (c == 0) sums[2 * place] = top, sums[2 * place + 1] = sum;
+    }
+    if constexpr (CLUSTER > 0) {
+        if constexpr (CLUSTER > 1)
+            sync_cluster();
+        else
+            sync();
+        for (int head = part + CLUSTER * warp; head < heads; head += CLUSTER * WARPS) {
+            const long long place = (base + head) * CLUSTER;
+            float x[SHARE], top, sum;
+            weigh(parts + place * D, sums + 2 * place, CLUSTER, 0, 1, lane, x, top, sum);
+            finish(x, top, sum, value_signs, out, lse, base + head, lane);
+        }
     }
 }

@@ -5,8 +5,8 @@
 // the four bits of a coordinate's index that are t and the lowest of r, and butterflies in registers the others. Their
 // product takes numbers of 8 bits: anything finer than bfloat16 goes through as a sum of two.
 //
-// Compiled with: D (a power of two), BITS, BOOK, SCALES and INPUT (0 float, 1 bfloat16, 2 half), ROUNDS, RULE (0 norm,
-// 1 preserve, 2 unbiased, 3 least squares).
+// Compiled with: D (a power of two), BITS, BOOK, SCALES and INPUT (0 float, 1 bfloat16, 2 half), ROUNDS, BLOCKS (per
+// multiprocessor), RULE (0 norm, 1 preserve, 2 unbiased, 3 least squares).
 typedef Layout<D, BITS> L;
 constexpr int WARPS = 4, THREADS = 32 * WARPS, LEVELS = 1 << BITS;
 constexpr int RUN = D / 16, HELD = D / 4, PLANES = L::PER_WORD / 4, SPAN = HELD / PLANES;  // SPAN: field bytes of a lane
@@ -196,7 +196,7 @@ DEVICE void write(const float (&y)[HELD], float unit, float size, const Cells& c
     if (wanted && t == 0) store(scales, place, scale, SCALES);
 }
 
-KERNEL(THREADS, 3) encode(const void* __restrict__ x, const int* __restrict__ index, const int* __restrict__ slot,
+KERNEL(THREADS, BLOCKS) encode(const void* __restrict__ x, const int* __restrict__ index, const int* __restrict__ slot,
                           const float* __restrict__ levels, const signed char* __restrict__ signs, const u8*, const u8*,
                           u8* codes, u8* scales, int layers, int batch, int count, int kv_heads, int slots) {
     SHARED float thresholds[LEVELS], level_of[LEVELS];

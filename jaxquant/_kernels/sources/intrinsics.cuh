@@ -22,6 +22,10 @@ DEVICE int block_y() { return blockIdx.y; }
 DEVICE int blocks_x() { return gridDim.x; }
 DEVICE int blocks_y() { return gridDim.y; }
 DEVICE void sync() { __syncthreads(); }
+// Blocks of a cluster (compute capability 9.0) wait for each other, and see what each wrote before: these release and acquire.
+DEVICE void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
@@ -51,6 +55,9 @@ DEVICE u32 permute(u32 a, u32 b, u32 selector) {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(selector));
     return x;
 }
+
+// The lower half of high:low >> shift.
+DEVICE u32 funnel(u32 low, u32 high, int shift) { return __funnelshift_r(low, high, shift); }
 
 // c[16 x 8] += a[16 x 16] b[16 x 8], in the fragment layouts of mma.m16n8k16.
 DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

@@ -1,0 +1,238 @@
+"""Trellis codes on a GPU: vectors coded in a second, and decode attention over codes beside the fastest over bfloat16.
+
+    python tests/bench/bench_trellis_gpu.py [--seconds 120] [--json FILE] [--quick]
+
+Coding: vectors of dim 128 of bfloat16 into a donated cache, by bits and states, beside the fused append of scalar codes
+and XLA's search; the squared error of what was written, over that of the vectors; and how many of some vectors have the
+codes that XLA gives them. Attention: what `attention_benchmark` measures, with its peers that were the fastest; the
+error is relative to attention in float64 over the decoded cache. Indented lines vary what the kernels choose.
+What would begin after `--seconds` is left out. Exits with 1 where a target is missed on an H200, or a result is wrong.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant import _attention_peers, _stopwatch, attention_benchmark, cache, quantizers
+from jaxquant._kernels import cuda, cuda_encode, cuda_trellis
+from jaxquant.attention_benchmark import Shape
+from jaxquant.methods import trellis, turboquant
+
+DIM, KV_HEADS = 128, 8
+CODES = [(2, 64), (2, 128), (2, 256), (2, 16), (2, 32), (1, 64), (1, 256), (3, 64), (3, 256)]
+VARIED = {(2, 64): (4, 5, 8), (2, 128): (4, 5, 8), (2, 256): (4,)}  # blocks a multiprocessor
+PEERS = ("cudnn", "pallas mqa")
+TARGET_VECTORS, TARGET_SPEEDUP = 20e6, 2.5
+
+
+def made(bits: int, states: int, seed: int = 0) -> Any:
+    """Make a trellis quantizer of least squared error."""
+    return trellis.mse(jax.random.key(seed), dim=DIM, bits=bits, states=states)
+
+
+def empty(quantizer: Any, rows: int, tokens: int) -> Any:
+    """Give the store of one layer's keys."""
+    pair = (quantizer, quantizers.Exact(dim=DIM))
+    return cache.init(*pair, layers=1, batch=rows, kv_heads=KV_HEADS, capacity=tokens).stacks[0].keys
+
+
+def coding(quantizer: Any, rows: int, tokens: int, fused: bool = True) -> dict[str, Any]:
+    """Time coding, and measure the squared error of the first rows."""
+    store = empty(quantizer, rows, tokens)
+    x = jax.random.normal(jax.random.key(1), (rows, tokens, KV_HEADS, DIM), jnp.bfloat16)
+    slot = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (rows, tokens))
+
+    def step(codes: Any, x: Any, slot: Any) -> Any:
+        zero = codes.codes[0, 0, 0, 0, 0] >> 8  # each step depends on the one before
+        held = type(store)(quantizer=quantizer, codes=codes, sinks=store.sinks, window=store.window)
+        if fused:
+            return cuda_encode.encode(held, 0, x, slot + zero.astype(jnp.int32))
+        code = quantizer.quantize(jnp.swapaxes(x + zero.astype(x.dtype), 1, 2))
+        return jax.tree.map(lambda old, new: new[None].astype(old.dtype), codes, code)
+
+    taken = _stopwatch.median(step, store.codes, x, slot)
+    vectors = rows * tokens * KV_HEADS
+    return {"ms": taken * 1e3, "vectors": vectors, "rate": vectors / taken} | quality(
+        jax.jit(step)(store.codes, x, slot), quantizer, x
+    )
+
+
+def quality(codes: Any, quantizer: Any, x: Any) -> dict[str, Any]:
+    """Decode some of the codes: their squared error and how many are those of XLA."""
+    some = min(2048, x.shape[1])
+    part = jax.tree.map(lambda leaf: leaf[0, 0, 0, :some], codes)
+    given = x[0, :some, 0].astype(jnp.float32)
+    back = quantizers.dequantize(quantizer, part)
+    right = jax.jit(quantizer.quantize)(given)
+    same = (right.codes == part.codes).all(axis=-1)
+    error = [
+        float(jnp.sum((y - given) ** 2) / jnp.sum(given**2)) for y in (back, quantizers.dequantize(quantizer, right))
+    ]
+    return {"error": error[0], "error_xla": error[1], "same": float(jnp.mean(same)), "compared": some}
+
+
+@contextlib.contextmanager
+def blocks(count: int | None) -> Iterator[None]:
+    """Let a multiprocessor hold so many blocks of the search."""
+    chosen = cuda_trellis.shape
+    varied = chosen if count is None else lambda *args: chosen(*args)._replace(blocks=count)
+    with mock.patch.object(cuda_trellis, "shape", varied):
+        cuda_trellis.kernel.cache_clear()
+        yield
+    cuda_trellis.kernel.cache_clear()
+
+
+@contextlib.contextmanager
+def warps(count: int | None) -> Iterator[None]:
+    """Let a block of attention over trellis codes have so many warps."""
+    chosen = cuda._shape
+
+    def varied(dim: int, heads: int, *, trellis: bool = False) -> Any:
+        shape = chosen(dim, heads, trellis=trellis)
+        return shape._replace(warps=count) if trellis and count else shape
+
+    with mock.patch.object(cuda, "_shape", varied):
+        cuda.kernels.cache_clear()
+        yield
+    cuda.kernels.cache_clear()
+
+
+class Table:
+    """Rows that are printed as they come, until time is up."""
+
+    def __init__(self, seconds: float):
+        self.until, self.rows = time.monotonic() + seconds, []
+
+    def add(
+        self, what: str, call: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], str]
+    ) -> dict[str, Any]:
+        """Measure one row, unless time is up; a failure is a row too."""
+        row: dict[str, Any] = {"what": what}
+        if time.monotonic() > self.until:
+            row["failed"] = "left out: time is up"
+        else:
+            try:
+                row |= call()
+            except Exception as problem:  # what fails must not take the others along
+                row["failed"] = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:300]
+        print(f"{what:<44}{row.get('failed') or show(row)}", flush=True)
+        self.rows.append(row)
+        return row
+
+
+def measure_coding(table: Table, quick: bool) -> None:
+    """Fill in the rates of coding."""
+
+    def show(row: dict[str, Any]) -> str:
+        text = f"{row['ms']:>9.3f} ms {row['rate'] / 1e6:>9.2f} M vectors/s   error {row['error']:.5f}"
+        return text + f" (XLA {row['error_xla']:.5f}), {row['same']:.2%} of {row['compared']} as XLA's"
+
+    rows, tokens = (2, 64) if quick else (32, 2048)
+    scalar, _ = turboquant.kv(jax.random.key(0), dim=DIM, bits_k=2, bits_v=2, fused=True)
+    table.add("append, scalar 2 bits", functools.partial(coding, scalar, rows, tokens), show)
+    for bits, states in CODES[:2] if quick else CODES:
+        code = functools.partial(coding, made(bits, states), rows, tokens)
+        table.add(f"append, trellis {bits} bits, {states} states", code, show)
+        for count in () if quick else VARIED.get((bits, states), ()):
+            with blocks(count):
+                table.add(f"  {count} blocks a multiprocessor", code, show)
+    plain = functools.partial(coding, made(2, 64), 1, 64 if quick else 512, fused=False)
+    table.add("XLA's search, trellis 2 bits, 64 states", plain, show)
+
+
+class Attention:
+    """Times of one shape."""
+
+    def __init__(self, shape: Shape, bandwidth: float):
+        self.shape, self.bandwidth, self.best = shape, bandwidth, float("inf")
+
+    def peer(self, call: Callable[[], float]) -> dict[str, Any]:
+        """Time a peer."""
+        taken = call()
+        self.best = min(self.best, taken)
+        return self.row(taken, self.shape.exact_bytes)
+
+    def codes(self, pair: Any, bits: tuple[int, int]) -> dict[str, Any]:
+        """Time attention over codes, and measure its error."""
+        taken = attention_benchmark.seconds(self.shape, pair, "cuda")
+        row = self.row(taken, self.shape.nbytes(bits)) | {"speedup": self.best / taken}
+        return row | {"relative": attention_benchmark.error(self.shape, pair, "cuda")}
+
+    def row(self, taken: float, nbytes: int) -> dict[str, Any]:
+        """Put a row together."""
+        return {"shape": repr(self.shape), "ms": taken * 1e3, "share": nbytes / taken / self.bandwidth}
+
+
+def measure_attention(table: Table, quick: bool, bandwidth: float) -> None:
+    """Fill in the times of attention."""
+
+    def show(row: dict[str, Any]) -> str:
+        text = f"{row['ms']:>9.4f} ms {row['share']:>5.0%} of bandwidth"
+        if "relative" not in row:
+            return text
+        return text + f" {row['speedup']:>6.2f} x the fastest bf16   error {row['relative']:.1e}"
+
+    scalar = turboquant.kv(jax.random.key(0), dim=DIM, bits_k=4, bits_v=2, fused=True)
+    two = turboquant.kv(jax.random.key(0), dim=DIM, bits_k=2, bits_v=2, fused=True)
+    some, fewer = ((made(2, states, 1), made(2, states, 2)) for states in (64, 32))
+    large = [Shape(batch=32, tokens=131_072), Shape(batch=8, tokens=32_768)]
+    for shape in [Shape(batch=1, tokens=512)] if quick else large:
+        print(f"\n{shape}")
+        of = Attention(shape, bandwidth)
+        peers = _attention_peers.peers(shape.batch, shape.tokens, shape.heads, shape.kv_heads, shape.dim)
+        for name in [name for name in peers if name in PEERS or quick]:
+            table.add(f"bf16, {name}", functools.partial(of.peer, peers[name]), show)
+        table.add("trellis K2V2, 64 states", functools.partial(of.codes, some, (2, 2)), show)
+        table.add("scalar K2V2", functools.partial(of.codes, two, (2, 2)), show)
+        for count in () if quick else (8, 12):
+            with warps(count):
+                table.add(f"  trellis, {count} warps a block", functools.partial(of.codes, some, (2, 2)), show)
+        table.add("trellis K2V2, 32 states", functools.partial(of.codes, fewer, (2, 2)), show)
+        table.add("scalar K4, trellis V2", functools.partial(of.codes, (scalar[0], some[1]), (4, 2)), show)
+
+
+def main() -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=120, help="after which nothing new is measured")
+    parser.add_argument("--json", type=Path, help="file for everything measured")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs at all")
+    arguments = parser.parse_args()
+    table, device = Table(arguments.seconds), jax.devices()[0].device_kind
+    bandwidth = _stopwatch.read_bandwidth(2**20 if arguments.quick else None)
+    print(f"{device}, jax {jax.__version__}: reads {bandwidth / 1e9:,.0f} GB/s", flush=True)
+    measure_attention(table, arguments.quick, bandwidth)
+    measure_coding(table, arguments.quick)
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"device": device, "read_bandwidth": bandwidth, "results": table.rows}) + "\n"
+        )
+
+    done = [row for row in table.rows if "failed" not in row]
+    wrong = [row["what"] for row in done if row.get("same", 1.0) < 0.98 or row.get("relative", 0.0) > 1e-3]
+    if "H200" in device:
+        rates = {row["what"]: row["rate"] for row in done if "rate" in row}
+        for states in (64, 128, 256):
+            rate = rates.get(f"append, trellis 2 bits, {states} states", 0.0)
+            print(f"{states} states: {rate / 1e6:.1f} of {TARGET_VECTORS / 1e6:.0f} M vectors/s")
+        long = [row for row in done if "131072" in row.get("shape", "")]
+        speedup = max((row["speedup"] for row in long if row["what"] == "trellis K2V2, 64 states"), default=0.0)
+        print(f"attention: {speedup:.2f} of {TARGET_SPEEDUP} times the fastest bfloat16")
+        wrong += ["attention"] if speedup < TARGET_SPEEDUP else []
+        wrong += [name for name, rate in rates.items() if "2 bits, 128" in name and rate < TARGET_VECTORS]
+    print("wrong or missed:", wrong or "nothing")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
