@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxquant import _attention_peers, _stacks, _stopwatch, attention, cache, packing
+from jaxquant import _attention_peers, _ejkernel_peer, _stacks, _stopwatch, attention, cache, packing
 from jaxquant.methods import turboquant
 from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import Quantized
@@ -115,7 +115,7 @@ def error(shape: Shape, pair: Pair, implementation: str | None) -> float:
         >>> error(Shape(batch=1, tokens=100, heads=2, kv_heads=1, dim=64), scalars((4, 2), 64), "xla") < 1e-5
         True
     """
-    batch, tokens = (min(two) for two in zip((shape.batch, shape.tokens), _REFERENCE, strict=True))
+    batch, tokens = _reference(shape)
     c = cache.init(*pair, layers=2, batch=batch, kv_heads=shape.kv_heads, capacity=tokens)
     x = jax.random.normal(jax.random.key(2), (2, batch, tokens, shape.kv_heads, shape.dim))
     length = tokens - 7 * jnp.arange(batch)[:, None] % tokens
@@ -134,15 +134,21 @@ def error(shape: Shape, pair: Pair, implementation: str | None) -> float:
 
 
 def measure(
-    shape: Shape, bits: Sequence[tuple[int, int]], implementations: Sequence[str], bandwidth: float
+    shape: Shape,
+    bits: Sequence[tuple[int, int]],
+    implementations: Sequence[str],
+    bandwidth: float,
+    *,
+    ejkernel: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Time the bfloat16 peers, then every pair of bits with every implementation.
+    """Time the bfloat16 peers, then every pair of bits with every implementation, and with ejkernel's where asked.
 
     Args:
         shape: of the step.
         bits: pairs of bits of keys and bits of values.
         implementations: names that `attention.decode_attention` takes.
         bandwidth: in bytes a second, as `_stopwatch.read_bandwidth` measures it.
+        ejkernel: whether its attention over codes, which codes the step's token too, is timed.
 
     Yields:
         What a row of a table holds. Times are in milliseconds; `share` is of the bandwidth; `speedup` is over the
@@ -154,14 +160,26 @@ def measure(
         row |= _attempt(peer, shape.exact_bytes, bandwidth)
         best = min(best, row.get("ms", math.inf))
         yield row
-    for bits_k, bits_v in bits:
-        pair = scalars((bits_k, bits_v), shape.dim)
-        for name in implementations:
-            row = {"batch": shape.batch, "tokens": shape.tokens, "bits": f"K{bits_k}V{bits_v}"}
+    for numbers in bits:
+        pair = scalars(numbers, shape.dim)
+        calls = [
+            (name, functools.partial(seconds, shape, pair, name), functools.partial(error, shape, pair, name))
+            for name in implementations
+        ]
+        sizes = [shape.nbytes(numbers)] * len(calls)
+        if ejkernel:
+            fields = dataclasses.asdict(shape)
+            small = fields | dict(zip(("batch", "tokens"), _reference(shape), strict=True))
+            for platform in _ejkernel_peer.PLATFORMS:
+                timed = functools.partial(_ejkernel_peer.seconds, platform, numbers, **fields)
+                checked = functools.partial(_ejkernel_peer.error, platform, numbers, **small)
+                calls.append((f"ejkernel {platform}", timed, checked))
+                sizes.append(_ejkernel_peer.nbytes(shape.batch, shape.tokens, shape.kv_heads, shape.dim))
+        for (name, timed, checked), nbytes in zip(calls, sizes, strict=True):
+            row = {"batch": shape.batch, "tokens": shape.tokens, "bits": f"K{numbers[0]}V{numbers[1]}"}
             row["implementation"] = name
-            row |= _attempt(functools.partial(seconds, shape, pair, name), shape.nbytes((bits_k, bits_v)), bandwidth)
+            row |= _attempt(timed, nbytes, bandwidth, checked)
             if "ms" in row:
-                row["error"] = error(shape, pair, name)
                 row["speedup"] = best / row["ms"] if best < math.inf else None
             yield row
 
@@ -186,12 +204,19 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     plt.close(figure)
 
 
-def _attempt(call: Callable[[], float], nbytes: int, bandwidth: float) -> dict[str, Any]:
+def _reference(shape: Shape) -> tuple[int, int]:
+    return min(shape.batch, _REFERENCE[0]), min(shape.tokens, _REFERENCE[1])
+
+
+def _attempt(
+    call: Callable[[], float], nbytes: int, bandwidth: float, check: Callable[[], float] | None = None
+) -> dict[str, Any]:
     try:
         taken = call()
+        errors = {} if check is None else {"error": check()}
     except Exception as problem:  # a peer may lack its library, its GPU or the memory, each with an error of its own
         return {"failed": f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:200]}
-    return {"ms": taken * 1e3, "bytes": nbytes, "share": nbytes / taken / bandwidth}
+    return {"ms": taken * 1e3, "bytes": nbytes, "share": nbytes / taken / bandwidth} | errors
 
 
 def seconds(shape: Shape, pair: Pair, implementation: str) -> float:

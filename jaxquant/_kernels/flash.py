@@ -143,7 +143,9 @@ def attend(
             pair = [xla.expand(x, y, index, first, size) for x, y in zip((keys, values), stores, strict=True)]
             return xla.merge([carry, part(projected, pair, real & (held > 0)[:, None], lengths=held)])
 
-        coded = lax.fori_loop(0, -(-jnp.max(edge - sinks) // size), block, nothing)
+        past = jnp.max(edge - sinks)
+        blocks = jnp.where(past > last, -(-stack.slots // size), -(-past // size))
+        coded = lax.fori_loop(0, blocks, block, nothing)
         if not exact:
             seen = real & (position - window >= edge[:, None])
             first = None if aligned else start - window - edge
@@ -244,8 +246,7 @@ def _typical(
     """Give a power of two near the geometric mean of the vectors' largest numbers, which no single vector moves far."""
     peak = jnp.max(jnp.abs(x), axis=-1)
     counts = real & (peak > 0) & jnp.isfinite(peak)
-    powers = jnp.sum(jnp.where(counts, jnp.log2(jnp.where(counts, peak, 1.0)), 0.0), axis=2)
-    mean = powers / jnp.maximum(jnp.sum(counts, axis=2), 1)
+    mean = jnp.nan_to_num(jnp.mean(jnp.log2(jnp.where(counts, peak, 1.0)), axis=2, where=counts))
     return jnp.ldexp(jnp.float32(1), jnp.clip(jnp.round(mean), -60, 60).astype(jnp.int32))[..., None, None]
 
 
