@@ -1,10 +1,9 @@
 """Where the parts of a cache are: which axes of a mesh rows, kv heads and tokens go along, for every array of it."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxquant._spread import Spread
@@ -12,8 +11,6 @@ from jaxquant._stacks import KVCache, Stack, Store
 from jaxquant.mixed import Mixed
 from jaxquant.protocols import Quantizer
 from jaxquant.quantizers import PerLayer
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,12 +138,3 @@ def quantizer_specs(layout: Layout, quantizer: Quantizer | PerLayer) -> Any:
         return PartitionSpec() if shared else whole
 
     return jax.tree_util.tree_map_with_path(spec, quantizer)
-
-
-def renewed(results: T) -> T:
-    """Make arrays without elements anew: the compiler of jaxlib 0.11.2 dies where a `shard_map` passes one through."""
-
-    def made(leaf: Any) -> Any:
-        return leaf if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
-
-    return jax.tree.map(made, results)

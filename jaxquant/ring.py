@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Integer, PyTree
 
 from jaxquant import _attention
 from jaxquant._kernels import xla
-from jaxquant._placement import renewed
 from jaxquant._spread import Spread
 from jaxquant._stacks import Index, KVCache, Stack, resolve, switch
 from jaxquant.attention import Number
@@ -168,4 +167,4 @@ def _local(
         return _attention.heads_of(out, new).astype(q.dtype), _attention.heads_of(lse[..., None], new)[..., 0]
 
     out, lse = switch(after, *resolve(cache, layer), attend)
-    return out, lse, renewed(after)
+    return out, lse, after

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jaxquant import attention
 from jaxquant import cache as caches
-from jaxquant._placement import Layout, check, quantizer_specs, renewed, shardings, spread_of
+from jaxquant._placement import Layout, check, quantizer_specs, shardings, spread_of
 from jaxquant._placement import specs as specs
 from jaxquant._spread import Spread
 from jaxquant._stacks import Index, KVCache, Stack, Store
@@ -242,10 +242,7 @@ def _recoded(cache: KVCache, change: Callable[[Array], Array], spread: Spread | 
 
 
 def _mapped(layout: Layout, local: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
-    def shard(*arrays: Any) -> Any:
-        return renewed(local(*arrays))
-
-    mapped = jax.shard_map(shard, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     types = dict(zip(layout.mesh.axis_names, layout.mesh.axis_types, strict=True))
     if AxisType.Explicit not in types.values():
         return mapped
