@@ -45,7 +45,8 @@ def append(
             )
             stacks[i] = Stack(keys=keys, values=values)
 
-    return dataclasses.replace(cache, stacks=tuple(stacks), length=cache.length.at[layer].set(length))
+    after = dataclasses.replace(cache, stacks=tuple(stacks), length=cache.length.at[layer].set(length))
+    return _stacks.renewed(after)
 
 
 @functools.partial(jax.jit, static_argnames="stack")

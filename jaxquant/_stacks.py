@@ -233,6 +233,13 @@ def write(
     return Store(quantizer=store.quantizer, codes=codes, sinks=exact_sinks, window=exact_window)
 
 
+def renewed(held: T) -> T:
+    """Make arrays without elements anew inside a `shard_map`: jaxlib 0.11.2 dies compiling one that passes them on."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return held
+    return jax.tree.map(lambda leaf: leaf if jnp.size(leaf) else jnp.zeros_like(leaf), held)
+
+
 def ring_positions(length: Int[Array, " batch"], window: int) -> Int[Array, "batch window"]:
     """Give the position of the token in each slot of the ring (negative where no token came yet)."""
     slot = jnp.arange(window, dtype=jnp.int32)

@@ -206,7 +206,7 @@ def crop(cache: KVCache, length: int | Integer[Array, "*batch"]) -> KVCache:
     window = max(stack.window for stack in cache.stacks)
     in_window = jnp.maximum(cache.exact_from, cache.length - window)
     exact_from = jnp.where(kept < cache.length, jnp.minimum(in_window, kept), cache.exact_from)
-    return dataclasses.replace(cache, length=kept, exact_from=exact_from)
+    return _stacks.renewed(dataclasses.replace(cache, length=kept, exact_from=exact_from))
 
 
 @jax.jit
@@ -230,12 +230,9 @@ def reorder(cache: KVCache, rows: Integer[Array, " rows"]) -> KVCache:
     def store(old: Store) -> Store:
         return Store(quantizer=old.quantizer, codes=taken(old.codes), sinks=taken(old.sinks), window=taken(old.window))
 
-    return dataclasses.replace(
-        cache,
-        stacks=tuple(Stack(keys=store(stack.keys), values=store(stack.values)) for stack in cache.stacks),
-        length=taken(cache.length),
-        exact_from=taken(cache.exact_from),
-    )
+    stacks = tuple(Stack(keys=store(stack.keys), values=store(stack.values)) for stack in cache.stacks)
+    length, exact_from = taken(cache.length), taken(cache.exact_from)
+    return _stacks.renewed(dataclasses.replace(cache, stacks=stacks, length=length, exact_from=exact_from))
 
 
 def fork(cache: KVCache, *, copies: int) -> KVCache:

@@ -17,113 +17,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxquant import attention
 from jaxquant import cache as caches
+from jaxquant._placement import Layout, check, quantizer_specs, shardings, spread_of
+from jaxquant._placement import specs as specs
 from jaxquant._spread import Spread
 from jaxquant._stacks import Index, KVCache, Stack, Store
 from jaxquant.attention import Implementation, Number
-from jaxquant.mixed import Mixed
 from jaxquant.protocols import Quantizer
-from jaxquant.quantizers import PerLayer
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Which axes of a mesh the axes of a cache go along.
-
-    Attributes:
-        mesh: of devices.
-        batch: the axis for rows (data parallel), None to have all of them everywhere.
-        kv_heads: for kv heads, and the query heads that share them (tensor parallel).
-        tokens: for tokens (sequence parallel).
-        page: tokens that stay together where tokens are dealt out.
-
-    Raises:
-        ValueError: an axis is not one of the mesh, or is used twice.
-
-    Example:
-        >>> mesh = jax.make_mesh((1,), ("model",))
-        >>> Layout(mesh, kv_heads="model").queries == PartitionSpec(None, "model")
-        True
-    """
-
-    mesh: Mesh
-    batch: str | None = None
-    kv_heads: str | None = None
-    tokens: str | None = None
-    page: int = 128
-
-    def __post_init__(self):
-        """Check the axes."""
-        used = {
-            name: getattr(self, name) for name in ("batch", "kv_heads", "tokens") if getattr(self, name) is not None
-        }
-        for name, axis in used.items():
-            if axis not in self.mesh.axis_names:
-                raise ValueError(f"{name} must be an axis of the mesh, one of {self.mesh.axis_names}, got {axis!r}")
-        if len(set(used.values())) < len(used):
-            raise ValueError(f"batch, kv_heads and tokens must go along different axes, got {used}")
-        if self.page < 1:
-            raise ValueError(f"page must be at least 1, got {self.page}")
-
-    @property
-    def queries(self) -> PartitionSpec:
-        """Of queries and outputs [batch, heads, ...] of a decode step."""
-        return PartitionSpec(self.batch, self.kv_heads)
-
-    @property
-    def chunk(self) -> PartitionSpec:
-        """Of queries, keys, values and outputs [batch, new, heads, ...] of a chunk."""
-        return PartitionSpec(self.batch, None, self.kv_heads)
-
-    def devices(self, axis: str | None) -> int:
-        """Count the devices along an axis."""
-        return 1 if axis is None else self.mesh.shape[axis]
-
-
-def specs(layout: Layout, cache: KVCache) -> KVCache:
-    """Give the `PartitionSpec` of every leaf of a cache.
-
-    Example:
-        >>> from jaxquant.methods import turboquant
-        >>> layout = Layout(jax.make_mesh((1,), ("model",)), kv_heads="model")
-        >>> k, v = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=2)
-        >>> c = init(layout, k, v, layers=2, batch=1, kv_heads=2, capacity=256)
-        >>> specs(layout, c).stacks[0].keys.codes.codes == PartitionSpec(None, None, "model", None)
-        True
-    """
-    exact = PartitionSpec(None, layout.batch, layout.kv_heads)
-    coded = PartitionSpec(None, layout.batch, layout.kv_heads, layout.tokens)
-    row = PartitionSpec(None, layout.batch)
-
-    def store(old: Store) -> Store:
-        return Store(
-            quantizer=_quantizer_specs(layout, old.quantizer),
-            codes=jax.tree.map(lambda _: coded, old.codes),
-            sinks=exact,  # pyright: ignore[reportArgumentType]
-            window=exact,  # pyright: ignore[reportArgumentType]
-        )
-
-    stacks = tuple(Stack(keys=store(stack.keys), values=store(stack.values)) for stack in cache.stacks)
-    return dataclasses.replace(cache, stacks=stacks, length=row, exact_from=row)
-
-
-def shardings(layout: Layout, cache: KVCache) -> KVCache:
-    """Give the `NamedSharding` of every leaf of a cache: for `jax.device_put`, or `out_shardings` of `jax.jit`.
-
-    Args:
-        layout: of the cache.
-        cache: of arrays, or of `jax.ShapeDtypeStruct` as `jax.eval_shape` makes it.
-
-    Raises:
-        ValueError: the rows or kv heads are not a multiple of the devices that share them.
-    """
-    _check(layout, batch=cache.batch, kv_heads=cache.kv_heads)
-    return jax.tree.map(lambda spec: NamedSharding(layout.mesh, spec), specs(layout, cache))
 
 
 def init(
@@ -158,15 +63,11 @@ def init(
     Raises:
         ValueError: a size is not a multiple of the devices it is shared by, or `cache.init` refuses it.
     """
-    _check(layout, batch=batch, kv_heads=kv_heads)
-    spread, own = None, capacity
-    if layout.tokens is not None:
-        if exact_layers and sinks:
-            raise ValueError("exact_layers and sinks cannot be had together where tokens are dealt out")
-        devices = layout.devices(layout.tokens)
-        pages = -(-(capacity - sinks) // (layout.page * devices))
-        spread = Spread(axis=layout.tokens, devices=devices, page=layout.page, slots=pages * layout.page * devices)
-        own = sinks + pages * layout.page
+    check(layout, batch=batch, kv_heads=kv_heads)
+    if layout.tokens is not None and exact_layers and sinks:
+        raise ValueError("exact_layers and sinks cannot be had together where tokens are dealt out")
+    spread = spread_of(layout, capacity - sinks)
+    own = capacity if spread is None else sinks + spread.slots // spread.devices
 
     def local(keys: Any, values: Any) -> KVCache:
         empty = caches.init(
@@ -280,28 +181,77 @@ def prefill_attention(
     return _attend(layout, cache, number, arrays, (("chunk", chunk),))
 
 
+def dealt(layout: Layout, cache: KVCache) -> KVCache:
+    """Place a cache that one device made, or that comes from a file, over the devices of a mesh, tokens dealt out.
+
+    The cache must fit one device, or be placed along its rows or kv heads.
+
+    Raises:
+        ValueError: its tokens are dealt out already, its layers differ in their sinks, or a size is not a multiple of
+            the devices it is shared by.
+
+    Example:
+        >>> from jaxquant.methods import turboquant
+        >>> k, v = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=2)
+        >>> c = caches.init(k, v, layers=1, batch=1, kv_heads=2, capacity=100)
+        >>> dealt(Layout(jax.make_mesh((1,), ("x",)), tokens="x", page=32), c).capacity
+        128
+    """
+    if cache.spread is not None:
+        raise ValueError("the tokens of the cache are dealt out already: see sharding.joined")
+    sinks = cache.stacks[0].sinks
+    spread = spread_of(layout, cache.capacity - sinks)
+    if spread is not None:
+        if any(stack.sinks != sinks for stack in cache.stacks):
+            raise ValueError("layers must have the same sinks where tokens are dealt out")
+        token = np.argsort(spread.order())  # in every slot
+
+        def placed(leaf: Array) -> Array:
+            padding = [(0, 0)] * leaf.ndim
+            padding[3] = (0, spread.slots - leaf.shape[3])
+            return jnp.take(jnp.pad(leaf, padding), token, axis=3)
+
+        cache = _recoded(cache, placed, spread)
+    return jax.device_put(cache, shardings(layout, cache))
+
+
 def joined(cache: KVCache) -> KVCache:
     """Put the tokens of a row back in order: the same cache, not dealt out; for files, and to read it as a whole."""
     if cache.spread is None:
         return cache
     order = cache.spread.order()
 
+    def put_back(leaf: Array) -> Array:
+        place = jax.typeof(leaf).sharding  # knows axes of the mesh only where they are explicit
+        if any(axis is not None for axis in place.spec[3:4]):
+            whole = PartitionSpec(*place.spec[:3], None, *place.spec[4:])
+            leaf = jax.sharding.reshard(leaf, NamedSharding(place.mesh, whole))
+        return jnp.take(leaf, order, axis=3)
+
+    return _recoded(cache, put_back, None)
+
+
+def _recoded(cache: KVCache, change: Callable[[Array], Array], spread: Spread | None) -> KVCache:
+    """Change every array of codes."""
+
     def store(old: Store) -> Store:
-        return dataclasses.replace(old, codes=jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=3), old.codes))
+        return dataclasses.replace(old, codes=jax.tree.map(change, old.codes))
 
     stacks = tuple(Stack(keys=store(stack.keys), values=store(stack.values)) for stack in cache.stacks)
-    return dataclasses.replace(cache, stacks=stacks, spread=None)
+    return dataclasses.replace(cache, stacks=stacks, spread=spread)
 
 
-def _check(layout: Layout, **sizes: int) -> None:
-    for name, size in sizes.items():
-        devices = layout.devices(getattr(layout, name))
-        if size % devices:
-            raise ValueError(f"{name} must be a multiple of the {devices} devices that share it, got {size}")
+def _mapped(layout: Layout, local: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
+    mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    types = dict(zip(layout.mesh.axis_names, layout.mesh.axis_types, strict=True))
+    if AxisType.Explicit not in types.values():
+        return mapped
 
+    def placed(leaf: Array, spec: PartitionSpec) -> Array:
+        known = (axis if types.get(axis) is AxisType.Explicit else None for axis in spec)
+        return jax.sharding.reshard(leaf, NamedSharding(layout.mesh, PartitionSpec(*known)))
 
-def _mapped(layout: Layout, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    return jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return lambda *arrays: mapped(*jax.tree.map(placed, arrays, in_specs))
 
 
 def _split(layer: Index, **arrays: Any) -> tuple[int | None, dict[str, Any]]:
@@ -314,19 +264,5 @@ def _split(layer: Index, **arrays: Any) -> tuple[int | None, dict[str, Any]]:
 
 def _each(layout: Layout, given: Quantizer | Sequence[Quantizer]) -> Any:
     if isinstance(given, Sequence):
-        return type(given)(_quantizer_specs(layout, one) for one in given)  # pyright: ignore[reportCallIssue]
-    return _quantizer_specs(layout, given)
-
-
-def _quantizer_specs(layout: Layout, quantizer: Quantizer | PerLayer) -> Any:
-    """Shard what has an entry for each kv head, which `Mixed` may have but for its trellis; all else is everywhere."""
-    one = jax.eval_shape(lambda q: q.at(0), quantizer) if isinstance(quantizer, PerLayer) else quantizer
-    whole = PartitionSpec()
-    if isinstance(one, Mixed) and one.mean.ndim > 1:
-        whole = PartitionSpec(*(None,) * isinstance(quantizer, PerLayer), layout.kv_heads)
-
-    def spec(path: Any, _: Any) -> PartitionSpec:
-        shared = any(getattr(key, "name", None) == "code" for key in path)
-        return PartitionSpec() if shared else whole
-
-    return jax.tree_util.tree_map_with_path(spec, quantizer)
+        return type(given)(quantizer_specs(layout, one) for one in given)  # pyright: ignore[reportCallIssue]
+    return quantizer_specs(layout, given)

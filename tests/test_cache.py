@@ -235,27 +235,39 @@ def test_vmap_over_caches():
         chex.assert_trees_all_equal(jax.tree.map(lambda leaf, i=i: leaf[i], mapped), cache.append(alone, 1, k, v))
 
 
-def test_shard_map_over_kv_heads():
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda held, k, v: cache.append(held, 1, k, v),
+        lambda held, k, v: cache.append(held, jnp.int32(1), k, v),
+        lambda held, k, v: cache.crop(held, 3),
+        lambda held, k, v: cache.reorder(held, jnp.array([1, 0])),
+    ],
+    ids=["append", "append to a traced layer", "crop", "reorder"],
+)
+@pytest.mark.parametrize("spec", ["all", "plain"])
+@pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
+def test_shard_map_over_kv_heads(change, spec, check):
     if len(jax.devices()) < 2:
         pytest.skip("needs two devices")
     mesh = Mesh(np.array(jax.devices()[:2]), ("heads",))
-    held = filled()
+    held = cache.append(empty(spec), 1, *chunk(2))
     by_head, whole = PartitionSpec(None, None, "heads"), PartitionSpec()
 
-    def spec(path, _):
+    def place(path, _):
         names = {getattr(entry, "name", None) for entry in path}
         return by_head if "stacks" in names and "quantizer" not in names else whole
 
-    specs = jax.tree_util.tree_map_with_path(spec, held)
+    specs = jax.tree_util.tree_map_with_path(place, held)
     k, v = chunk(3)
 
     def step(held, k, v):
         assert held.kv_heads == 1
-        return cache.append(held, 1, k, v)
+        return change(held, k, v)
 
-    sharded = jax.shard_map(step, mesh=mesh, in_specs=(specs, by_head, by_head), out_specs=specs)
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(specs, by_head, by_head), out_specs=specs, check_vma=check)
     got = jax.jit(sharded)(held, k, v)
-    chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(cache.append(held, 1, k, v)))
+    chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(change(held, k, v)))
 
 
 def test_one_trace_for_other_numbers():

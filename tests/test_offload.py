@@ -1,14 +1,17 @@
 """A cache with its oldest codes in host memory gives what one cache gives."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda import emulate
 from model_folders import write_folder
 
 from jaxquant import attention, cache, models, offload, quantizers
+from jaxquant._kernels import cuda, nvrtc
 from jaxquant.methods import turboquant
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
@@ -44,6 +47,36 @@ def test_spilling_changes_nothing_that_attention_sees(keep, how):
     assert spills >= 2
     wrong = dataclasses.replace(held, cold=jax.tree.map(lambda leaf: jnp.flip(leaf, axis=2), held.cold))
     assert np.abs(np.asarray(wrong.attend(q, k, v, 0, mask=mask, **how)[0]) - np.asarray(want)).max() > 1e-3
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+def test_segments_are_read_by_the_kernel_where_there_is_one(monkeypatch):
+    keys, values = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=2, fused=True)
+    held = offload.init(keys, values, capacity=200, hot=96, segment=32, **SIZES)
+    whole = cache.init(keys, values, capacity=200, **SIZES)
+    rng = np.random.default_rng(0)
+    mask = jnp.arange(90) < jnp.array([90, 50])[:, None]
+    q, k, v = (jnp.asarray(rng.normal(size=(BATCH, 90, h, 64)), jnp.float32) for h in (HEADS, 2, 2))
+    for layer in range(2):
+        _, _, held = held.attend(q, k, v + layer, layer, mask=mask)
+        whole = cache.append(whole, layer, k, v + layer, mask=mask)
+    held = offload.spill(offload.spill(held))
+    assert held.spilled.tolist() == [2, 1]
+    whole = cache.append(whole, 1, k[:, :1], v[:, :1])
+    want, want_lse = attention.decode_attention(q[:, 0], whole, 1, soft_cap=9.0)
+
+    slots, coded = [], cuda.coded
+    monkeypatch.setattr(nvrtc, "available", lambda: True)
+    monkeypatch.setattr(cuda, "coded", lambda stack, *rest: slots.append(stack.slots) or coded(stack, *rest))
+    offload._cold.clear_cache()
+    with emulate.installed():
+        got, lse, _ = held.attend(q[:, :1], k[:, :1], v[:, :1], 1, soft_cap=9.0)
+        jax.block_until_ready(got)
+    offload._cold.clear_cache()
+    assert slots == [96, 32]
+    np.testing.assert_allclose(got[:, 0], want, rtol=0, atol=5e-4)  # queries have 16 bits
+    np.testing.assert_allclose(lse[:, 0], want_lse, rtol=0, atol=5e-4)
+    assert float(jnp.max(jnp.abs(want[0] - want[1]))) > 1e-2
 
 
 def test_rows_spill_when_they_can():

@@ -113,6 +113,38 @@ def test_cropped_and_reordered_caches_go_on(layout):
     assert_close(got, attention.decode_attention(q[:, 0], cache.append(one, 0, k, v), 0))
 
 
+@pytest.mark.parametrize("name", AXES)
+def test_a_cache_goes_from_one_layout_to_another(name, tmp_path):
+    from jaxquant.interop import orbax
+
+    one, many = filled(laid(AXES["heads and tokens"]), KEEP["sinks and window"])
+    orbax.save(tmp_path / "cache", sharding.joined(many))
+    layout = laid(AXES[name])
+    moved = sharding.dealt(layout, orbax.restore(tmp_path / "cache"))
+    for leaf, wanted in zip(jax.tree.leaves(moved), jax.tree.leaves(sharding.shardings(layout, moved)), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+    q, k, v = tokens(3, 1)
+    got = sharding.decode_attention(layout, q[:, 0], sharding.append(layout, moved, 0, k, v), 0)
+    assert_close(got, attention.decode_attention(q[:, 0], cache.append(one, 0, k, v), 0))
+    if layout.tokens is not None:
+        with pytest.raises(ValueError, match="dealt out already"):
+            sharding.dealt(layout, moved)
+
+
+@pytest.mark.parametrize("second", ["Explicit", "Auto"])
+def test_axes_of_a_mesh_may_be_explicit(second):
+    types = (jax.sharding.AxisType.Explicit, jax.sharding.AxisType[second])
+    layout = sharding.Layout(jax.make_mesh((2, 2), ("x", "y"), axis_types=types), kv_heads="x", tokens="y", page=8)
+    one, many = filled(layout, KEEP["sinks and window"])
+    q, _, _ = tokens(1, 1)
+    want = attention.decode_attention(q[:, 0], one, 1)
+    assert_close(sharding.decode_attention(layout, q[:, 0], many, 1), want)
+    many = sharding.joined(many)
+    got, want = (np.asarray(cache.materialize(held, 1)[0])[:, : one.capacity] for held in (many, one))
+    np.testing.assert_array_equal(got, want)
+    assert not np.array_equal(got, want[::-1])
+
+
 def test_a_full_cache_drops_tokens_alike(layout):
     q, k, v = tokens(4, 100)
     keep = KEEP["sinks and window"] | {"capacity": 67}
@@ -145,6 +177,8 @@ def test_rows_and_heads_need_no_communication_and_tokens_one_exchange(name):
     prefill = collectives(lambda c, q, k, v: sharding.prefill_attention(layout, q, k, v, c, 1), many, q, k, v)
     crop = collectives(lambda c: cache.crop(c, 3), many)
     assert crop == []
+    if layout.batch is None:
+        assert collectives(lambda c: cache.reorder(c, jnp.array([2, 0, 0, 3])), many) == []
     if layout.tokens is None:
         assert attend == prefill == []
     else:
