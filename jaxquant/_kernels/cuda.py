@@ -122,15 +122,15 @@ def attend(
         dtype = "float32"
         q = q.astype(dtype)
     windows = pair_window(keys), pair_window(values)
-    vector = sum(code.codes.shape[-1] + code.scales.dtype.itemsize for code in codes if code.scales is not None)
-    shape = cuda_blocks.shape(dim, heads, vector, windows)
+    bits, scales = (width(keys), width(values)), (keys.scale_dtype, values.scale_dtype)
+    shape = cuda_blocks.shape(dim, heads, _vector(dim, bits, scales), windows)
     blocks = cuda_blocks.count(batch * kv_heads * -(-heads // shape.columns), slots, shape)
     decode, combine = kernels(
         dim=dim,
         heads=heads,
-        bits=(width(keys), width(values)),
+        bits=bits,
         books=(str(book(keys)), str(book(values))),
-        scales=(keys.scale_dtype, values.scale_dtype),
+        scales=scales,
         queries=dtype,
         rounds=(key_rounds or 0, value_rounds or 0),
         soft_cap=rule.soft_cap is not None,
@@ -168,14 +168,14 @@ def attend(
             jax.ShapeDtypeStruct((blocks, 2, shape.columns, 2), jnp.float32),
             *results,
         ],
-        grid=(blocks, 1),
+        blocks=blocks,
     )
     if blocks > 1:
         out, lse = combine(
             [parts, sums, signs(values), layer, length, exact_from, sliding, out, lse],
             [batch, kv_heads, sinks, window, length.shape[0], blocks],
             results,
-            grid=(batch * kv_heads * heads, 1),
+            blocks=batch * kv_heads * heads,
             aliases={7: 0, 8: 1},
         )
     if value_rounds is None:
@@ -186,6 +186,11 @@ def attend(
 def _operands(code: Quantized, quantizer: Scalar | Trellis) -> list[Array]:
     assert code.scales is not None
     return [code.codes, code.scales, levels(quantizer)]
+
+
+def _vector(dim: int, bits: tuple[int, int], scales: tuple[str, str]) -> int:
+    """Count the bytes of a key, a value and their scales."""
+    return sum(dim * each // 8 + jnp.dtype(scale).itemsize for each, scale in zip(bits, scales, strict=True))
 
 
 @functools.cache
@@ -208,7 +213,7 @@ def kernels(
     """Compile `decode` and `combine` for one configuration."""
     capability = capability or nvrtc.capability() or (9, 0)
     ways = 8
-    vector = dim * sum(bits) // 8 + sum(4 if scale == "float32" else 2 for scale in scales)
+    vector = _vector(dim, bits, scales)
     shape = cuda_blocks.shape(dim, heads, vector, windows)
     stages, shared = cuda_blocks.stages(shape, dim, vector, windows)
     constants = {
@@ -233,7 +238,7 @@ def kernels(
         "EVEN": int(even),
         "PAGE": page,
     }
-    numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
+    numbers = nvrtc.constants(constants)
     grids = f"constexpr Book KEY_BOOK = {books[0]}, VALUE_BOOK = {books[1]};"
     parts = "words.cuh", "codes.cuh", numbers, grids, "deal.cuh", "join.cuh", "windows.cuh", "stages.cuh", "decode.cu"
     joining = nvrtc.source(numbers, "deal.cuh", "join.cuh", "combine.cu")

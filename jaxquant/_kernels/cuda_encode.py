@@ -84,7 +84,7 @@ def encode(
         ],
         [layers, batch, x.shape[1], kv_heads, slots],
         [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (held.codes, held.scales)],
-        grid=(max(1, min(-(-vectors // group), blocks * cuda_blocks.cores())), 1),
+        blocks=max(1, min(-(-vectors // group), blocks * cuda_blocks.cores())),
         aliases={5: 0, 6: 1},
     )
     return Quantized(codes=codes, scales=scales)
@@ -112,6 +112,6 @@ def kernel(
         "BLOCKS": _BLOCKS,
         "RULE": cuda_formats.RULES[rule],
     }
-    numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
-    text = nvrtc.source("words.cuh", "codes.cuh", numbers, f"constexpr Book BOOK = {book};", "encode.cu")
+    numbers, grid = nvrtc.constants(constants), f"constexpr Book BOOK = {book};"
+    text = nvrtc.source("words.cuh", "codes.cuh", numbers, grid, "encode.cu")
     return nvrtc.Kernel("encode", text, threads=32 * _WARPS, capability=capability or nvrtc.capability() or (9, 0))

@@ -62,7 +62,7 @@ struct Rows {
     }
 };
 
-// The first step of a block, and the block that a step is in, where no block has nothing to do.
+// The first step of a block, and the block that a step is in, where there are at least as many steps as blocks.
 DEVICE int first_step(int steps, int block, int blocks) { return (int)((long long)steps * block / blocks); }
 DEVICE int block_of(int steps, int at, int blocks) { return (int)(((at + 1LL) * blocks - 1) / steps); }
 

@@ -2,10 +2,14 @@
 // tensor cores.
 //
 // Scores are K q^T, tokens by heads, outputs V^T P^T, coordinates by heads, so that up to 8 query heads fill the narrow
-// side of the tensor cores. Queries have 16 bits, in two columns of bytes, so a product of keys takes 4 heads and one of
-// values 8, in the order 0, 4, 1, 5, ... Lane (g, t), g = lane / 4 and t = lane % 4, reads the t-th share of keys 8 j + mix(g) and the
-// g-th share of values 4 m + t: the fragments that the two products want. Between the products, weights are transposed
-// by `movmatrix`; lane (g, t) has those of keys 8 j + mix(g) and heads 4 k + t.
+// side of the tensor cores. Queries have 16 bits, in two columns of bytes (where keys have a trellis code, two columns of
+// halves, the second of what the first left), so a product of keys takes 4 heads and one of values 8, in the order 0, 4,
+// 1, 5, ... Lane (g, t), g = lane / 4 and t = lane % 4, reads the t-th share of keys 8 j + mix(g) and the g-th share of
+// values 4 m + t: the fragments that the two products want. Between the products, weights are transposed by `movmatrix`;
+// lane (g, t) has those of keys 8 j + mix(g) and heads 4 k + t.
+//
+// A block goes through its run of lines (see deal.cuh). It finishes those that it has as a whole, and leaves its part of
+// the others to `combine`.
 //
 // Weights are 2^(score - peak), with a peak that moves only when a score leaves it behind by more than 8, and values'
 // scales enter them times a power of two that keeps them well inside a half.
@@ -30,7 +34,9 @@ constexpr bool KEY_HALVES = KEY_BOOK == TABLE || KEY_BOOK == TRELLIS;
 constexpr bool TWO_HALVES = KEY_BOOK == TRELLIS;  // of a query: what the first one leaves is another column
 
 // A score: integers or floats of both parts of the query.
-DEVICE float whole(int upper, int lower) { return D > 128 ? 256.0f * (float)upper + (float)lower : (float)(256 * upper + lower); }
+DEVICE float whole(int upper, int lower) {
+    return D > 128 ? 256.0f * (float)upper + (float)lower : (float)(256 * upper + lower);
+}
 DEVICE float whole(float x, float rest) { return TWO_HALVES ? x + rest : x; }
 DEVICE void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     multiply_bytes<KEY_BOOK == SYMMETRIC>(c, a0, a1, a2, a3, b0, b1);
@@ -46,9 +52,10 @@ typedef ScoreOf<KEY_BOOK>::type Score;
 
 KERNEL(THREADS, BLOCKS) decode(
     const void* __restrict__ q, const int* __restrict__ layer, const int* __restrict__ index,
-    const int* __restrict__ length, const int* __restrict__ exact_from, const float* __restrict__ scale, const float* __restrict__ soft_cap,
-    const int* __restrict__ sliding, const int* __restrict__ table, const u8* __restrict__ key_codes, const u8* __restrict__ key_scales,
-    const float* __restrict__ key_levels, const signed char* __restrict__ key_signs,
+    const int* __restrict__ length, const int* __restrict__ exact_from, const float* __restrict__ scale,
+    const float* __restrict__ soft_cap, const int* __restrict__ sliding, const int* __restrict__ table,
+    const u8* __restrict__ key_codes, const u8* __restrict__ key_scales, const float* __restrict__ key_levels,
+    const signed char* __restrict__ key_signs,
     const u8* __restrict__ value_codes, const u8* __restrict__ value_scales, const float* __restrict__ value_levels,
     const signed char* __restrict__ value_signs, float* __restrict__ parts, float* __restrict__ sums,
     void* __restrict__ out, float* __restrict__ lse, int layers, int batch, int kv_heads, int slots, int sinks,
@@ -116,7 +123,8 @@ KERNEL(THREADS, BLOCKS) decode(
 #pragma unroll
         for (int i = 0; i < STAGES - 1; i++) {
             const int ahead = at + i * TILE * WARPS;
-            if (ahead < stop) fetch(stages + i * STAGE, from, own_value_scales, place.of(ahead < last_start ? ahead : last_start), lane);
+            if (ahead < stop)
+                fetch(stages + i * STAGE, from, own_value_scales, place.of(ahead < last_start ? ahead : last_start), lane);
             end_group();
         }
         // The queries: rotated, scaled to well inside a half, and as halves in the order of the key fragments.
@@ -210,8 +218,8 @@ KERNEL(THREADS, BLOCKS) decode(
                 const int free_stage = slot_of_stage == 0 ? STAGES - 1 : slot_of_stage - 1;
                 const int ahead = at + (STAGES - 1) * TILE * WARPS;
                 if (ahead < stop)
-                    fetch(stages + free_stage * STAGE, from, own_value_scales, place.of(ahead < last_start ? ahead : last_start),
-                          lane);
+                    fetch(stages + free_stage * STAGE, from, own_value_scales,
+                          place.of(ahead < last_start ? ahead : last_start), lane);
                 end_group();
             }
             slot_of_stage = slot_of_stage == STAGES - 1 ? 0 : slot_of_stage + 1;
@@ -255,7 +263,8 @@ KERNEL(THREADS, BLOCKS) decode(
             for (int k = 0; k < FOURS; k++)
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    float x = (whole(score[k][j / 2][2 * (j % 2)], score[k][j / 2][2 * (j % 2) + 1]) + bias[k]) * key_scale[j];
+                    const Score upper = score[k][j / 2][2 * (j % 2)], lower = score[k][j / 2][2 * (j % 2) + 1];
+                    float x = (whole(upper, lower) + bias[k]) * key_scale[j];
                     if (SOFT_CAP) {
                         const float cap = soft_cap[0];
                         x = cap * LOG2_E * (1.0f - 2.0f / (1.0f + exp2_(x * (2.0f * LOG2_E / cap))));
@@ -329,7 +338,8 @@ KERNEL(THREADS, BLOCKS) decode(
                     }
                 }
 #pragma unroll
-                for (int side = 0; side < SIDES; side++) turned[side][j] = transpose(pack_halves(x[2 * side], x[2 * side + 1]));
+                for (int side = 0; side < SIDES; side++)
+                    turned[side][j] = transpose(pack_halves(x[2 * side], x[2 * side + 1]));
             }
 #pragma unroll
             for (int s = 0; s < 2; s++) {

@@ -232,7 +232,8 @@ KERNEL(THREADS, BLOCKS) encode(const void* __restrict__ x, const int* __restrict
     for (int i = 0; i < HELD / 2; i++) {
         flips[i] = 0;
         if (ROUNDS)
-            flips[i] = (signs[coordinate(t, 2 * i)] < 0 ? 0x8000u : 0u) | (signs[coordinate(t, 2 * i + 1)] < 0 ? 0x80000000u : 0u);
+            flips[i] = (signs[coordinate(t, 2 * i)] < 0 ? 0x8000u : 0u) |
+                       (signs[coordinate(t, 2 * i + 1)] < 0 ? 0x80000000u : 0u);
     }
 
     // Vectors go by tokens, then heads, where there are tokens enough for a warp, and by heads, then tokens, otherwise.
@@ -256,7 +257,8 @@ KERNEL(THREADS, BLOCKS) encode(const void* __restrict__ x, const int* __restrict
 #pragma unroll 1
         for (int attempt = 0; attempt < 2; attempt++) {
             if (INPUT == 1 && ROUNDS && !attempt) {
-                read_and_transform(y[0], y[1], (const u8*)x + vector[0] * 2 * D, (const u8*)x + vector[1] * 2 * D, t, flips, basis);
+                const u8* bytes = (const u8*)x;
+                read_and_transform(y[0], y[1], bytes + vector[0] * 2 * D, bytes + vector[1] * 2 * D, t, flips, basis);
             } else {
 #pragma unroll
                 for (int v = 0; v < 2; v++) {
