@@ -47,6 +47,9 @@ def encode(
 
     Returns:
         The codes of the whole store.
+
+    Raises:
+        ValueError: there are 2**31 vectors or more.
     """
     quantizer: Any = store.quantizer
     held = store.codes
@@ -113,5 +116,5 @@ def kernel(
         "RULE": cuda_formats.RULES[rule],
     }
     numbers, grid = nvrtc.constants(constants), f"constexpr Book BOOK = {book};"
-    text = nvrtc.source("words.cuh", "codes.cuh", numbers, grid, "encode.cu")
+    text = nvrtc.source("words.cuh", "codes.cuh", numbers, grid, "lengths.cuh", "encode.cu")
     return nvrtc.Kernel("encode", text, threads=32 * _WARPS, capability=capability or nvrtc.capability() or (9, 0))

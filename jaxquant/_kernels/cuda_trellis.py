@@ -64,7 +64,7 @@ def kernel(
     }
     return nvrtc.Kernel(
         "encode_trellis",
-        nvrtc.source("words.cuh", nvrtc.constants(constants), "encode_trellis.cu"),
+        nvrtc.source("words.cuh", nvrtc.constants(constants), "lengths.cuh", "encode_trellis.cu"),
         threads=32 * WARPS,
         shared=WARPS * each.space,
         capability=capability or nvrtc.capability() or (9, 0),
