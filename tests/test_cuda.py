@@ -79,8 +79,8 @@ GROWING = Case(
     group=12,
 )
 PARTS = Case(capacity=1300, lengths=(1300, 500), values="2 uniform")
-HEADS = Case(capacity=530, lengths=(530, 2), group=16)
-CUT = Case(capacity=2100, lengths=(2100, 0, 300), values="2 uniform", q="bfloat16", cores=3)
+HEADS = Case(capacity=530, lengths=(530, 2), group=16, cores=1)
+WHOLE = Case(capacity=2100, lengths=(2100, 0, 300), values="2 uniform", q="bfloat16", cores=3)
 ROUNDS = Case(rotation="hadamard 3", group=8, q="float16")
 SPECIAL = [
     USUAL,
@@ -100,8 +100,8 @@ SPECIAL = [
     Case(keys="8", values="8", sizes=(1e4, 1e4), scales=("float32", "bfloat16"), dim=64),
     GROWING,
     PARTS,
-    CUT,
-    CUT._replace(group=16, rotation="haar", lengths=(0, 2100, 40), cores=7),
+    WHOLE,
+    WHOLE._replace(group=16, rotation="haar", lengths=(0, 2100, 40), cores=7),
     Case(capacity=64, lengths=(64, 1, 0, 33) * 17, cores=5, group=1, dim=64),
     Case(capacity=700, lengths=(700, 1, 650) * 12, cores=4, group=1, dim=64, sliding=300),
     Case(
@@ -229,23 +229,20 @@ MUTANTS = {
     "weights' factor moves alone": ("shrink = now / grown;", "", GROWING),
     "nobody waits for copies": ("wait_for_all_but<STAGES - 2>();", "", USUAL),
     "waits for one copy less": ("wait_for_all_but<STAGES - 2>();", "wait_for_all_but<STAGES - 1>();", LONG),
-    "lanes do not wait for lanes": ("<STAGES - 2>();\n            sync_warp();", "<STAGES - 2>();", USUAL),
+    "lanes do not wait for lanes": ("<STAGES - 2>();\n        sync_warp();", "<STAGES - 2>();", USUAL),
     "stages do not go around": ("slot_of_stage == STAGES - 1 ? 0 : slot_of_stage + 1;", "0;", LONG),
     "lower bytes of queries": ("(float)(256 * upper + lower);", "(float)(256 * upper);", USUAL),
     "a stage of the transform": ("mask = 1; mask < 32;", "mask = 1; mask < 16;", USUAL),
     "order of rounds": ("round = ROUNDS - 1; round >= 0; round--", "round = 0; round < ROUNDS; round++", ROUNDS),
-    "the sliding window": ("SLIDING ? tokens - sliding - sinks : 0", "0", SLIDING),
+    "the sliding window": ("SLIDING ? tokens - sliding[0] - sinks : 0", "0", SLIDING),
     "cropped windows": ("tokens - window > unexact ? tokens - window : unexact", "tokens - window", CROPPED),
     "the soft cap": ("if (SOFT_CAP) {", "if (false) {", CAPPED),
-    "the last warp": ("w < WARPS; w++) {\n                const", "w < 7; w++) {\n                const", LONG),
+    "the last warp": ("w < WARPS; w++) {\n            const", "w < 7; w++) {\n            const", LONG),
     "parts of the total": ("total += totals[w];", "", PARTS),
+    "parts of a row overlap": ("first += part * share;", "", PARTS),
+    "the place of a part": ("(base + head) * blocks_y() + part;", "(base + head) * blocks_y();", PARTS),
     "heads of other warps": ("head = warp; head < heads; head += WARPS", "head = warp; head < 1; head += WARPS", HEADS),
-    "rotated back by another's signs": ("x, top, sum, value_signs, out", "x, top, sum, key_signs, out", CUT),
-    "a line's first part is elsewhere": ("(from + p, p == 0, column);", "(from + p, false, column);", CUT),
-    "rows begin where the last one did": ("if (lane & mask) ahead += other;", "", CUT),
-    "a line that goes on begins again": ("if (offset) first = origin", "if (false) first = origin", CUT),
-    "a line that is cut does not end": ("stop = stop < end ? stop : end;", "", CUT),
-    "the next row is as long as this one": ("line = 0, own = rows.steps(++row);", "line = 0, ++row;", CUT),
+    "rotated back by another's signs": ("x, top, sum, value_signs, out", "x, top, sum, key_signs, out", WHOLE),
     "rings do not close": ("((N * lane + N) % L::WORDS)", "((N * lane + N - 1) % L::WORDS)", RINGS),
     "rings of half a word do not close": ("(2 * lane + 2) % L::ROW) << 16", "2 * lane) << 16", SMALL_RINGS),
     "windows that begin in a word's last bits": ("funnel(low, high, at - 7)", "low >> (at - 7)", RINGS),

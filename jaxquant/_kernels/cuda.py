@@ -2,8 +2,8 @@
 
 The kernels are CUDA C++ in `sources/`, compiled for the shapes at hand when they are first traced. `decode` reads the
 stacked buffers in place: the layer, the lengths and the settings are operands in device memory, so that nothing is
-sliced, copied or synchronized. All blocks read as many tokens, so that rows are cut between them; `combine` joins the
-parts. `docs/kernels.md` has the design and what it reaches.
+sliced, copied or synchronized. Where rows are split, `combine` joins their parts. `docs/kernels.md` has the design and
+what it reaches.
 """
 
 import functools
@@ -124,7 +124,8 @@ def attend(
     windows = pair_window(keys), pair_window(values)
     bits, scales = (width(keys), width(values)), (keys.scale_dtype, values.scale_dtype)
     shape = cuda_blocks.shape(dim, heads, _vector(dim, bits, scales), windows)
-    blocks = cuda_blocks.count(batch * kv_heads * -(-heads // shape.columns), slots, shape)
+    passes = -(-heads // shape.columns)
+    parts = cuda_blocks.parts(batch * kv_heads * passes, slots, shape)
     decode, combine = kernels(
         dim=dim,
         heads=heads,
@@ -137,25 +138,24 @@ def attend(
         sliding=rule.sliding_window is not None,
         even=slots % 8 == 0,
         page=page,
+        whole=parts == 1,
         windows=windows,
     )
     nothing = jnp.zeros((), jnp.float32)
-    layer = jnp.asarray(layer, jnp.int32)
-    sliding = jnp.zeros((), jnp.int32) if rule.sliding_window is None else rule.sliding_window
     results = [
         jax.ShapeDtypeStruct((batch, kv_heads, heads, dim), dtype),
         jax.ShapeDtypeStruct((batch, kv_heads, heads), jnp.float32),
     ]
-    parts, sums, out, lse = decode(
+    partial, sums, out, lse = decode(
         [
             q,
-            layer,
+            jnp.asarray(layer, jnp.int32),
             jnp.asarray(index, jnp.int32),
             length,
             exact_from,
             rule.scale,
             nothing if rule.soft_cap is None else rule.soft_cap,
-            sliding,
+            jnp.zeros((), jnp.int32) if rule.sliding_window is None else rule.sliding_window,
             jnp.zeros((), jnp.int32) if table is None else table,
             *_operands(codes[0], keys),
             signs(keys),
@@ -164,20 +164,14 @@ def attend(
         ],
         [layers, batch, kv_heads, slots, sinks, window, length.shape[0]],
         [
-            jax.ShapeDtypeStruct((blocks, 2, shape.columns, dim), jnp.float32),
-            jax.ShapeDtypeStruct((blocks, 2, shape.columns, 2), jnp.float32),
-            *results,
+            jax.ShapeDtypeStruct((batch * kv_heads * heads, parts, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch * kv_heads * heads, parts, 2), jnp.float32),
+            *(results if parts == 1 else [jax.ShapeDtypeStruct((1,), jnp.float32)] * 2),
         ],
-        blocks=blocks,
+        grid=(batch * kv_heads * passes, parts),
     )
-    if blocks > 1:
-        out, lse = combine(
-            [parts, sums, signs(values), layer, length, exact_from, sliding, out, lse],
-            [batch, kv_heads, sinks, window, length.shape[0], blocks],
-            results,
-            blocks=batch * kv_heads * heads,
-            aliases={7: 0, 8: 1},
-        )
+    if parts > 1:
+        out, lse = combine([partial, sums, signs(values)], [parts], results, grid=(batch * kv_heads * heads, 1))
     if value_rounds is None:
         out = values.restore(out)
     return Partial(out.astype(asked), lse)
@@ -207,6 +201,7 @@ def kernels(
     sliding: bool,
     even: bool,
     page: int = 0,
+    whole: bool = False,
     windows: tuple[int, int] = (0, 0),
     capability: tuple[int, int] | None = None,
 ) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
@@ -237,11 +232,12 @@ def kernels(
         "VALUE_WINDOW": windows[1],
         "EVEN": int(even),
         "PAGE": page,
+        "WHOLE": int(whole),
     }
     numbers = nvrtc.constants(constants)
-    grids = f"constexpr Book KEY_BOOK = {books[0]}, VALUE_BOOK = {books[1]};"
-    parts = "words.cuh", "codes.cuh", numbers, grids, "deal.cuh", "join.cuh", "windows.cuh", "stages.cuh", "decode.cu"
-    joining = nvrtc.source(numbers, "deal.cuh", "join.cuh", "combine.cu")
+    named = f"constexpr Book KEY_BOOK = {books[0]}, VALUE_BOOK = {books[1]};"
+    parts = "words.cuh", "codes.cuh", numbers, named, "join.cuh", "windows.cuh", "stages.cuh", "decode.cu"
+    joining = nvrtc.source(numbers, "join.cuh", "combine.cu")
     return (
         nvrtc.Kernel("decode", nvrtc.source(*parts), threads=32 * shape.warps, capability=capability, shared=shared),
         nvrtc.Kernel("combine", joining, threads=32 * ways, capability=capability),

@@ -1,5 +1,6 @@
 """How decode attention is dealt out to the warps, blocks and multiprocessors of a GPU."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -41,16 +42,26 @@ def stages(shape: Shape, dim: int, vector: int, windows: tuple[int, int]) -> tup
     room = _SHARED // shape.blocks - table - (4 if windows[0] else 2) * shape.columns * (dim + 8) - 2048
     tile = shape.warps * TILE * vector
     under_way = max(2, min(_MOST_STAGES, room // tile))
-    return under_way, table + max(under_way * tile, 4 * shape.warps * shape.columns * (dim + 1))
+    return under_way, max(table + under_way * tile, 4 * shape.warps * shape.columns * (dim + 1))
 
 
 def _table(windows: tuple[int, int]) -> int:
     return 128 << max(windows) if any(windows) else 0
 
 
-def count(lines: int, slots: int, shape: Shape) -> int:
-    """Give the blocks of a launch: as many as run at once, if rows were full and each had at least a step to do."""
-    return min(shape.blocks * cores(), lines * -(-slots // (TILE * shape.warps)))
+def parts(rows: int, slots: int, shape: Shape) -> int:
+    """Choose into how many parts a row's tokens are split, by what the slowest multiprocessor has to do.
+
+    The unit is the time of a tile. A block starts and ends in about two of them, and so does what joins parts.
+    """
+    places = shape.blocks * cores()
+    most = max(1, min(256, slots // (TILE * shape.warps)))
+
+    def cost(count: int) -> float:
+        tiles = math.ceil(slots / (TILE * shape.warps * count))
+        return math.ceil(rows * count / places) * (tiles + 2) + (2 + 0.02 * count) * (count > 1)
+
+    return min(range(1, most + 1), key=cost)
 
 
 def cores() -> int:

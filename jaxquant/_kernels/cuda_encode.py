@@ -87,7 +87,7 @@ def encode(
         ],
         [layers, batch, x.shape[1], kv_heads, slots],
         [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (held.codes, held.scales)],
-        blocks=max(1, min(-(-vectors // group), blocks * cuda_blocks.cores())),
+        grid=(max(1, min(-(-vectors // group), blocks * cuda_blocks.cores())), 1),
         aliases={5: 0, 6: 1},
     )
     return Quantized(codes=codes, scales=scales)
@@ -115,6 +115,6 @@ def kernel(
         "BLOCKS": _BLOCKS,
         "RULE": cuda_formats.RULES[rule],
     }
-    numbers, grid = nvrtc.constants(constants), f"constexpr Book BOOK = {book};"
-    text = nvrtc.source("words.cuh", "codes.cuh", numbers, grid, "lengths.cuh", "encode.cu")
+    named = f"constexpr Book BOOK = {book};"
+    text = nvrtc.source("words.cuh", "codes.cuh", nvrtc.constants(constants), named, "lengths.cuh", "encode.cu")
     return nvrtc.Kernel("encode", text, threads=32 * _WARPS, capability=capability or nvrtc.capability() or (9, 0))

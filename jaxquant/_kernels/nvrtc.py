@@ -30,10 +30,10 @@ class Kernel:
         integers: Sequence[int],
         results: Sequence[jax.ShapeDtypeStruct],
         *,
-        blocks: int,
+        grid: tuple[int, int],
         aliases: dict[int, int] | None = None,
     ) -> list[jax.Array]:
-        """Run it over so many blocks; `aliases` maps operands to the results that share their buffers."""
+        """Run it over `grid` blocks; `aliases` maps operands to the results that share their buffers."""
         from jaxlib import gpu_triton  # only there with a GPU plugin
 
         major, minor = self.capability
@@ -42,7 +42,7 @@ class Kernel:
         )
         parameters = [gpu_triton.create_array_parameter(0, 16) for _ in (*operands, *results)]
         parameters += [gpu_triton.create_scalar_parameter(int(value), "i32") for value in integers]
-        call = gpu_triton.TritonKernelCall(kernel, blocks, 1, 1, parameters)
+        call = gpu_triton.TritonKernelCall(kernel, *grid, 1, parameters)
         opaque = zlib.compress(call.to_proto(self.name, b""))
         run = jax.ffi.ffi_call(
             "triton_kernel_call_ffi", list(results), vmap_method=None, input_output_aliases=aliases or {}

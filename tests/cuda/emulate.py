@@ -51,8 +51,8 @@ def _library(name: str, source: str) -> ctypes.CDLL:
             arguments.append(f"s[{integers}]")
             integers += 1
     body += (
-        'extern "C" void run(void** p, int* s, int blocks, int threads) '
-        f"{{ launch(blocks, threads, [&] {{ {name}({', '.join(arguments)}); }}); }}\n"
+        'extern "C" void run(void** p, int* s, int x, int y, int threads) '
+        f"{{ launch(x, y, threads, [&] {{ {name}({', '.join(arguments)}); }}); }}\n"
     )
     stem = pathlib.Path(_folder().name) / hashlib.sha256(body.encode()).hexdigest()[:16]
     stem.with_suffix(".cpp").write_text(body)
@@ -112,7 +112,7 @@ class Kernel(nvrtc.Kernel):
     def __init__(self, name, source, *, threads, capability, shared=0):
         self.name, self.source, self.threads = name, source, threads
 
-    def __call__(self, operands, integers, results, *, blocks, aliases=None):
+    def __call__(self, operands, integers, results, *, grid, aliases=None):
         aliases = aliases or {}
 
         def run(*arrays):
@@ -125,7 +125,7 @@ class Kernel(nvrtc.Kernel):
                 _library(self.name, self.source).run(
                     (ctypes.c_void_p * len(addresses))(*addresses),
                     (ctypes.c_int * len(integers))(*integers),
-                    blocks,
+                    *grid,
                     self.threads,
                 )
             return made

@@ -33,7 +33,7 @@ struct Fibre {
 static ucontext_t scheduler;
 static std::vector<Fibre> fibres;
 static std::function<void()> body;
-static int current, blocks, block;
+static int current, grid_x, grid_y, at_x, at_y;
 static u32 deposits[1024][8];
 
 // Dynamic shared memory.
@@ -62,37 +62,40 @@ static void enter() {
     fibres[current].done = true;
 }
 
-static void launch(int count, int threads, std::function<void()> kernel) {
+static void launch(int x, int y, int threads, std::function<void()> kernel) {
     body = kernel;
-    blocks = count;
-    for (block = 0; block < blocks; block++) {
-        fibres = std::vector<Fibre>(threads);
-        memset(meetings, 0, sizeof meetings);
-        memset(arena, 0xff, sizeof arena);
-        for (auto& waiting : groups) waiting.clear();
-        for (auto& fibre : fibres) {
-            fibre.done = false;
-            fibre.stack.reset(new char[1 << 17]);
-            getcontext(&fibre.context);
-            fibre.context.uc_stack.ss_sp = fibre.stack.get();
-            fibre.context.uc_stack.ss_size = 1 << 17;
-            fibre.context.uc_link = &scheduler;
-            makecontext(&fibre.context, enter, 0);
+    grid_x = x, grid_y = y;
+    for (at_y = 0; at_y < y; at_y++)
+        for (at_x = 0; at_x < x; at_x++) {
+            fibres = std::vector<Fibre>(threads);
+            memset(meetings, 0, sizeof meetings);
+            memset(arena, 0xff, sizeof arena);
+            for (auto& waiting : groups) waiting.clear();
+            for (auto& fibre : fibres) {
+                fibre.done = false;
+                fibre.stack.reset(new char[1 << 17]);
+                getcontext(&fibre.context);
+                fibre.context.uc_stack.ss_sp = fibre.stack.get();
+                fibre.context.uc_stack.ss_size = 1 << 17;
+                fibre.context.uc_link = &scheduler;
+                makecontext(&fibre.context, enter, 0);
+            }
+            for (bool running = true; running;) {
+                running = false;
+                for (current = 0; current < threads; current++)
+                    if (!fibres[current].done) {
+                        swapcontext(&scheduler, &fibres[current].context);
+                        running = true;
+                    }
+            }
         }
-        for (bool running = true; running;) {
-            running = false;
-            for (current = 0; current < threads; current++)
-                if (!fibres[current].done) {
-                    swapcontext(&scheduler, &fibres[current].context);
-                    running = true;
-                }
-        }
-    }
 }
 
 DEVICE int thread() { return current; }
-DEVICE int block_x() { return block; }
-DEVICE int blocks_x() { return blocks; }
+DEVICE int block_x() { return at_x; }
+DEVICE int block_y() { return at_y; }
+DEVICE int blocks_x() { return grid_x; }
+DEVICE int blocks_y() { return grid_y; }
 DEVICE void sync() { meet(meetings[32], (int)fibres.size()); }
 
 DEVICE bool any_lane(bool x) {

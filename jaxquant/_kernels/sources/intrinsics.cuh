@@ -18,7 +18,9 @@ struct __align__(16) Words4 { u32 x, y, z, w; };
 
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int block_x() { return blockIdx.x; }
+DEVICE int block_y() { return blockIdx.y; }
 DEVICE int blocks_x() { return gridDim.x; }
+DEVICE int blocks_y() { return gridDim.y; }
 DEVICE void sync() { __syncthreads(); }
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
