@@ -20,12 +20,16 @@ from jaxquant.trellis import Code
 
 DIM = 128
 _RELAXED = 1.8  # of the way to a centroid and beyond it: Lloyd's iteration, over-relaxed
+_ROUNDS = 40
 _SETTLING = 4  # rounds at the end that go to the centroids
 _SAMPLES = 32  # of each level and round, at least
 _TRIES = {4: 6, 8: 6, 16: 3, 32: 3, 64: 2}  # starts from other levels at 1 to 4 bits, of which the best is kept
+_THOROUGH = {(2, 64): (8, 150)}  # starts and rounds of the largest table that fused attention reads (bits, states)
 
 
-def train(key: PRNGKeyArray, *, bits: int, states: int, rounds: int = 40) -> tuple[Float[np.ndarray, " levels"], float]:
+def train(
+    key: PRNGKeyArray, *, bits: int, states: int, rounds: int = _ROUNDS
+) -> tuple[Float[np.ndarray, " levels"], float]:
     """Train one table.
 
     Args:
@@ -71,8 +75,10 @@ def coded(half: Float[np.ndarray, " half"], bits: int, states: int) -> Code:
 
 def best(bits: int, states: int) -> tuple[Float[np.ndarray, " levels"], float]:
     """Train from several starts where that is cheap, and keep the best."""
-    keys = [jax.random.key(1000 * bits + start) for start in range(_TRIES.get(states, 1) if bits <= 4 else 1)]
-    return min((train(key, bits=bits, states=states) for key in keys), key=lambda found: found[1])
+    tries, rounds = _THOROUGH.get((bits, states), (_TRIES.get(states, 1) if bits <= 4 else 1, _ROUNDS))
+    keys = [jax.random.key(1000 * bits + start) for start in range(tries)]
+    found = (train(key, bits=bits, states=states, rounds=rounds) for key in keys)
+    return min(found, key=lambda pair: pair[1])
 
 
 @jax.jit

@@ -160,23 +160,23 @@ def measure(
         row |= _attempt(peer, shape.exact_bytes, bandwidth)
         best = min(best, row.get("ms", math.inf))
         yield row
-    for numbers in bits:
-        pair = scalars(numbers, shape.dim)
+    for widths_of in bits:
+        pair = scalars(widths_of, shape.dim)
         calls = [
             (name, functools.partial(seconds, shape, pair, name), functools.partial(error, shape, pair, name))
             for name in implementations
         ]
-        sizes = [shape.nbytes(numbers)] * len(calls)
+        sizes = [shape.nbytes(widths_of)] * len(calls)
         if ejkernel:
             fields = dataclasses.asdict(shape)
             small = fields | dict(zip(("batch", "tokens"), _reference(shape), strict=True))
             for platform in _ejkernel_peer.PLATFORMS:
-                timed = functools.partial(_ejkernel_peer.seconds, platform, numbers, **fields)
-                checked = functools.partial(_ejkernel_peer.error, platform, numbers, **small)
+                timed = functools.partial(_ejkernel_peer.seconds, platform, widths_of, **fields)
+                checked = functools.partial(_ejkernel_peer.error, platform, widths_of, **small)
                 calls.append((f"ejkernel {platform}", timed, checked))
                 sizes.append(_ejkernel_peer.nbytes(shape.batch, shape.tokens, shape.kv_heads, shape.dim))
         for (name, timed, checked), nbytes in zip(calls, sizes, strict=True):
-            row = {"batch": shape.batch, "tokens": shape.tokens, "bits": f"K{numbers[0]}V{numbers[1]}"}
+            row = {"batch": shape.batch, "tokens": shape.tokens, "bits": f"K{widths_of[0]}V{widths_of[1]}"}
             row["implementation"] = name
             row |= _attempt(timed, nbytes, bandwidth, checked)
             if "ms" in row:

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, PyTree
 
 from jaxquant import _attention
-from jaxquant._kernels import cuda, nvrtc, pallas, xla
+from jaxquant._kernels import cuda, cuda_formats, nvrtc, pallas, xla
 from jaxquant._pytree import pytree
 from jaxquant._stacks import Stack, Store
 from jaxquant.protocols import Quantizer
@@ -209,7 +209,7 @@ def _choose(implementation: str | None, pages: Pages, heads: int) -> str:
         codes = ((pages.keys, pages.key_codes), (pages.values, pages.value_codes))
         obstacles = [pallas.unreadable(quantizer, code) for quantizer, code in codes]
     else:
-        obstacles = [cuda.unreadable(pages.keys), cuda.unreadable(pages.values)]
+        obstacles = [cuda_formats.unreadable(pages.keys), cuda_formats.unreadable(pages.values)]
         obstacles += [f"are for {heads} query heads a kv head, more than 16" if heads > 16 else None]
     if implementation is None:
         return "xla" if any(obstacles) else "cuda"

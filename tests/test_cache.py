@@ -127,11 +127,16 @@ def test_any_cut_of_the_input_gives_the_same_bits(masks, name, layer):
         assert not np.asarray(held.length[other]).any()
 
 
+padding = st.integers(0, CHUNK).map(lambda count: np.arange(CHUNK) < count) | st.lists(
+    st.booleans(), min_size=CHUNK, max_size=CHUNK
+).map(np.array)  # at the end of the row, or anywhere
+
 operations = st.lists(
     st.one_of(
-        st.tuples(st.just("append"), st.integers(0, POOL // CHUNK - 1), st.integers(0, CHUNK), st.integers(0, CHUNK)),
+        st.tuples(st.just("append"), st.integers(0, POOL // CHUNK - 1), padding, padding),
         st.tuples(st.just("crop"), st.integers(0, CAPACITY), st.integers(0, CAPACITY)),
         st.tuples(st.just("reorder"), st.integers(0, 1), st.integers(0, 1)),
+        st.tuples(st.just("fork"), st.integers(0, 2 * BATCH - 1), st.integers(0, 2 * BATCH - 1)),
     ),
     min_size=2,
     max_size=8,
@@ -147,18 +152,19 @@ def test_append_crop_and_reorder_in_any_order(operations):
     for name, *arguments in operations:
         match name:
             case "append":
-                i, *counts = arguments
-                mask = jnp.arange(CHUNK) < jnp.asarray(counts)[:, None]
+                i, *mask = arguments
                 for layer in rows:
-                    held = cache.append(held, layer, *chunk(i), mask=mask)
-                    for row, count in enumerate(counts):
-                        for j in range(count):
-                            rows[layer][row].append((row, i * CHUNK + j))
+                    held = cache.append(held, layer, *chunk(i), mask=jnp.asarray(mask))
+                    for row, j in zip(*np.nonzero(mask), strict=True):
+                        rows[layer][row].append((row, i * CHUNK + j))
             case "crop":
                 held = cache.crop(held, jnp.asarray(arguments))
                 for layer in rows:
                     for row, length in zip(rows[layer], arguments, strict=True):
                         row.crop(length)
+            case "fork":
+                held = cache.reorder(cache.fork(held, copies=2), jnp.asarray(arguments))
+                rows = {layer: [mine[i // 2].copy() for i in arguments] for layer, mine in rows.items()}
             case "reorder":
                 held = cache.reorder(held, jnp.asarray(arguments))
                 rows = {layer: [mine[i].copy() for i in arguments] for layer, mine in rows.items()}

@@ -86,7 +86,7 @@ def test_benchmark_reports_error_between_the_bounds(run):
 
 def test_run_continues_and_compare_reports_both(run):
     prompt = "import numpy as np"
-    packed = json.loads(run("run", prompt, "--max-tokens", "8", "--json").stdout)
+    packed = json.loads(run("run", prompt, "--max-tokens", "8", "--bits-v", "2", "--json").stdout)
     whole = json.loads(run("run", prompt, "--max-tokens", "8", "--exact", "--json").stdout)
     assert packed["tokens"] == whole["tokens"] == 8
     assert 0 < packed["bytes_per_token"] < whole["bytes_per_token"] == 2 * 2 * 64
@@ -95,6 +95,7 @@ def test_run_continues_and_compare_reports_both(run):
     baseline, compressed = report["baseline"], report["compressed"]
     assert compressed["cache_bytes"] < baseline["cache_bytes"]
     assert baseline["text"] == whole["text"]
+    assert compressed["text"] == packed["text"]
     assert compressed["kl"] > 0
     assert 0 < compressed["top1"] < 1
     assert baseline["perplexity"] != compressed["perplexity"]

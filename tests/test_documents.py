@@ -102,6 +102,8 @@ def wrong_script(words):
     if not script.is_file():
         return f"no file {words[0]}" if words[0].endswith(".py") else None
     source = script.read_text(encoding="utf-8")
+    beside = (script.with_name(f"{name}.py") for name in re.findall(r"^import (\w+)$", source, re.MULTILINE))
+    source += "".join(file.read_text(encoding="utf-8") for file in beside if file.is_file())
     names = {word.partition("=")[0] for word in words[1:] if word.startswith("--")} - {"--help"}
     known = {
         name for name in names if f'"{name}"' in source or re.search(rf"\b{name[2:].replace('-', '_')}\b\s*:", source)

@@ -228,6 +228,29 @@ def test_a_padding_token_alone_is_not_stored_and_says_nothing():
     assert not np.asarray(out[0, 1]).any()
 
 
+def test_rows_of_padding_may_be_hidden_as_well_as_columns():
+    valid, x = np.ones((BATCH, 6)), jnp.asarray(inputs()[:, :6])
+    valid[0, 4:] = valid[1, :2] = 0
+    columns = padded(valid)
+    both = jnp.where(jnp.asarray(valid)[:, None, :, None] > 0, columns, 0)
+    model, other = (flax.attach(Parallel(), empty()) for _ in range(2))
+    out, same = model(x, columns), other(x, both)
+    np.testing.assert_array_equal(out, same)
+    assert flax.held(other).length.tolist() == [[4, 4]] * LAYERS
+    assert np.abs(out - flax.attach(Parallel(), empty())(x, padded(np.ones((BATCH, 6))))).max() > 100 * TOLERANCE
+
+
+def test_the_cache_of_flax_is_not_kept_beside():
+    def layer(decode):
+        return nnx.MultiHeadAttention(HEADS, WIDTH, num_kv_heads=KV_HEADS, decode=decode, rngs=nnx.Rngs(0))
+
+    x = jnp.asarray(inputs()[:, :5])
+    decoding = layer(True)
+    out, want = (flax.attach(model, empty(layers=1))(x, is_causal=True) for model in (decoding, layer(False)))
+    np.testing.assert_array_equal(out, want)
+    assert decoding.decode
+
+
 def test_an_exact_cache_says_what_flax_says_without_one():
     exact = quantizers.Exact(dim=DIM, dtype="float32")
     held = cache.init(exact, exact, layers=LAYERS, batch=BATCH, kv_heads=KV_HEADS, capacity=CAPACITY)

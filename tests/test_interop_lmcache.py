@@ -137,8 +137,12 @@ def test_quantizers_that_stay_at_home(case):
         with pytest.raises(UnsupportedError, match=r"not in the file: pass (keys|values)="):
             lmcache.deserialize(data, **known)
     others = [pair(4)[0] if case == "calibrated" else mixed(i) for i in range(LAYERS)]
-    with pytest.raises(UnsupportedError, match="not in the file: pass keys="):
-        lmcache.deserialize(data, keys=others, values=values)
+    drawn = turboquant.mse(jax.random.key(99), dim=DIM, bits=4, scale="preserve")  # other signs, in the same form
+    alike = [mixed(50 + i) for i in range(LAYERS)] if case == "calibrated" else drawn
+    assert jax.tree.structure(alike) == jax.tree.structure(keys)
+    for wrong in (others, alike):
+        with pytest.raises(UnsupportedError, match="not in the file: pass keys="):
+            lmcache.deserialize(data, keys=wrong, values=values)
 
 
 @pytest.mark.parametrize("tokens", [0, 1])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import catalogue, codebooks, quantizers
+from jaxquant import catalogue, codebooks, quantizers, rotations
 from jaxquant.methods import (
     copresheaf,
     fp8,
@@ -269,35 +269,34 @@ def test_heads_of_one_kind_share_a_codebook():
     x[1, 0] = np.sign(x[1, 0])
     book = copresheaf._types(np.quantile(x.reshape(4, -1), copresheaf._QUANTILES, axis=1).T, 2)
     assert book[0] == book[3] != book[1] == book[2]
-    z = generator.normal(size=(3, 2, 30_000))
-    three = np.stack([z[0], np.sign(z[1]), np.exp(z[2])]).reshape(6, -1)  # with two kinds, even the farthest is right
-    kinds = copresheaf._types(np.quantile(three, copresheaf._QUANTILES, axis=1).T, 3)
+    z = generator.normal(size=(5, 2, 30_000))  # with two kinds, even the farthest is right
+    each = np.stack([z[0], np.sign(z[1]), np.exp(z[2]), -np.exp(z[3]), z[4] ** 3]).reshape(10, -1)
+    kinds = copresheaf._types(np.quantile(each, copresheaf._QUANTILES, axis=1).T, 5)
     assert (kinds[::2] == kinds[1::2]).all()
-    assert len(set(kinds)) == 3
+    assert len(set(kinds)) == 5
     keys, _ = copresheaf.fit(jax.random.key(0), bits_k=3, bits_v=3, key_samples=x, value_samples=x, types=1)
     np.testing.assert_array_equal(keys[0].levels, keys[1].levels)
     error = relative_error(keys[0], jnp.asarray(x[0], jnp.float32)[None]).mean()
     assert abs(error / codebooks.distortion(codebooks.lloyd_max(3), dim=64) - 1) < 0.1
 
 
-def test_long_vectors_decide_about_levels():
+def test_levels_are_those_of_a_head_and_of_its_long_vectors():
     generator = np.random.default_rng(6)
-    signs, normal = np.sign(generator.normal(size=(900, 64))), generator.normal(size=(100, 64))
+    signs, normal = np.sign(generator.normal(size=(900, 64))), generator.normal(size=(900, 64))
 
-    def centroids(long, short):
-        y = np.concatenate([100 * long, short])
-        keys, _ = fitted(np.asarray(turn.unrotate(jnp.asarray(y, jnp.float32)), np.float64))
-        return np.asarray(keys[0].levels[0])
+    def fitted(y, types):
+        """Give the upper of two levels of each head, for vectors that are y behind the rotation."""
+        x = np.asarray(turn.unrotate(jnp.asarray(y, jnp.float32)), np.float64)
+        keys, _ = copresheaf.fit(jax.random.key(0), bits_k=1, bits_v=1, key_samples=x, value_samples=x, types=types)
+        return np.array([layer.levels[..., 1] for layer in keys])
 
-    def fitted(x):
-        return copresheaf.fit(
-            jax.random.key(0), bits_k=1, bits_v=1, key_samples=x[None, None], value_samples=x[None, None], types=1
-        )
-
-    turn = fitted(normal)[0][0].rotation
+    turn = rotations.hadamard(jax.random.split(jax.random.key(0))[0], 64)
     half = (2 / np.pi) ** 0.5  # the mean of a half of the normal density
-    np.testing.assert_allclose(centroids(normal, signs), [-half, half], atol=0.02)
-    np.testing.assert_allclose(centroids(signs, normal), [-1, 1], atol=0.02)
+    heads = np.array([[normal, signs], [normal, normal]])
+    np.testing.assert_allclose(fitted(heads, 2), [[half, 1], [half, half]], atol=0.02)
+    for long, short, level in ((normal, signs, half), (signs, normal, 1)):
+        both = np.concatenate([100 * long[:100], short])[None, None]
+        np.testing.assert_allclose(fitted(both, 1), level, atol=0.02)
 
 
 # What scales keep: the length of keys, and of values below 3 bits the inner product with themselves.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_llama
+from hypothesis import given, settings
 
 from jaxquant import attention, cache, evaluate, models, pipeline, quantizers, strategies
 from jaxquant.methods import csa_hca, delta, h2o, kivi, knorm, palm, snapkv, stability, streamingllm, tiered, turboquant
@@ -31,8 +32,8 @@ LONG = tensors(seed=5, tokens=54)
 
 
 def made(p, **kwargs):
-    settings = {"layers": 1, "batch": B, "kv_heads": H, "capacity": 24, "dtype": jnp.float32} | kwargs
-    return pipeline.init(p, **settings)
+    sizes = {"layers": 1, "batch": B, "kv_heads": H, "capacity": 24, "dtype": jnp.float32} | kwargs
+    return pipeline.init(p, **sizes)
 
 
 def run(p, cuts=(T,), q=Q, k=K, v=V, mask=None, rule=None, **kwargs):
@@ -190,9 +191,9 @@ CROPPED = {
 @pytest.mark.parametrize("name", CROPPED)
 def test_after_a_crop_it_is_as_if_the_tokens_had_never_come(name):
     length = np.array([20, 19])
-    settings = {"window": 4, "sinks": 2, "layers": 2, "exact_layers": (1,), "capacity": 40}
+    sizes = {"window": 4, "sinks": 2, "layers": 2, "exact_layers": (1,), "capacity": 40}
     q, k, v = tensors(seed=3)
-    held = fresh = made(CROPPED[name](), **settings)
+    held = fresh = made(CROPPED[name](), **sizes)
     mask = np.arange(T) < length[:, None]
     for layer in (0, 1):
         held = held.attend(Q, K, V, layer)[2]
@@ -209,6 +210,77 @@ def test_after_a_crop_it_is_as_if_the_tokens_had_never_come(name):
             assert different(out, other)
     assert np.array_equal(held.length, fresh.length)
     assert np.array_equal(held.state.start, fresh.state.start)
+
+
+class Row:
+    """One sequence over blocks of 4, a window of 4 and 2 sinks: its tokens by their place, and how many were coded."""
+
+    def __init__(self, tokens=(), start=2):
+        self.tokens, self.start = list(tokens), start
+
+    def append(self, token):
+        if len(self.tokens) < 24:
+            self.tokens.append(token)
+            if len(self.tokens) - self.start == 8:
+                self.start += 4
+
+    def read(self, x, coded):
+        return np.stack([(coded if 2 <= p < self.start else x)[token] for p, token in enumerate(self.tokens)])
+
+
+@jax.jit
+def step(held, i, mask):
+    """Attend from three tokens."""
+    return held.attend(*(jax.lax.dynamic_slice_in_dim(x, 3 * i, 3, axis=1) for x in (Q, K, V)), 0, mask=mask)[::2]
+
+
+PADDING = st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=B, max_size=B).map(np.array)
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("attend"), st.integers(0, T // 3 - 1), PADDING | st.just(np.ones((B, 3), bool))),
+        st.tuples(st.just("crop"), st.integers(0, 7), st.integers(0, 7)),
+        st.tuples(st.just("fork"), st.integers(0, B - 1), st.integers(0, B - 1)),
+    ),
+    min_size=4,
+    max_size=14,
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(OPERATIONS)
+def test_any_sequence_of_operations(operations):
+    """Then one more token attends; NumPy knows which tokens it may see, and which of them were coded."""
+    p = appending()
+    held, rows = made(p, window=4, sinks=2), [Row() for _ in range(B)]
+    for name, *arguments in operations:
+        match name:
+            case "attend":
+                i, mask = arguments
+                _, held = step(held, i, jnp.asarray(mask))
+                for row, j in zip(*np.nonzero(mask), strict=True):
+                    rows[row].append((row, 3 * i + j))
+            case "crop":  # what was coded cannot be taken back
+                length = [max(len(row.tokens) - gone, row.start) for row, gone in zip(rows, arguments, strict=True)]
+                held = held.crop(np.array(length))
+                for row, kept in zip(rows, length, strict=True):
+                    del row.tokens[kept:]
+            case "fork":
+                held = held.reorder(jnp.asarray(arguments))
+                rows = [Row(rows[i].tokens, rows[i].start) for i in arguments]
+    assert held.length[0].tolist() == [len(row.tokens) for row in rows]
+    assert held.state.start[0].tolist() == [row.start for row in rows]
+    out, _ = step(held, 0, jnp.asarray([[True, False, False]] * B))
+    decoded = [np.asarray(quantizers.dequantize(q, quantizers.quantize(q, x))) for q, x in ((p.keys, K), (p.values, V))]
+    for number, row in enumerate(rows):
+        if len(row.tokens) == 24:
+            continue  # a full row drops the token that would look
+        row.tokens.append((number, 0))  # it looks before a block leaves
+        k, v = (row.read(np.asarray(x), y).astype(np.float64) for x, y in zip((K, V), decoded, strict=True))
+        query = np.asarray(Q[number, 0], np.float64).reshape(H, G, D)
+        scores = np.einsum("hgd,thd->hgt", query, k) * D**-0.5
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        expected = np.einsum("hgt,thd->hgd", weights / weights.sum(-1, keepdims=True), v)
+        close(out[number, 0], expected.reshape(H * G, D))
 
 
 def test_a_crop_into_the_window_leaves_the_codes():

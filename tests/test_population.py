@@ -105,6 +105,15 @@ def test_every_member_of_a_discrete_front_is_on_it_and_most_of_it_is_found():
     assert len(mine) >= 0.95 * len(front)
 
 
+def test_best_is_whom_nobody_beats():
+    space = {"x": Range(low=0.0, high=1.0, shape=(5,))}
+    found = population.evolve(jax.random.key(0), space, zdt1, members=40, generations=1)
+    values = np.asarray(found.objectives)
+    beaten = [any((other <= one).all() and (other < one).any() for other in values) for one in values]
+    assert 0 < sum(beaten) < 40
+    np.testing.assert_array_equal(found.best, np.logical_not(beaten))
+
+
 def test_no_budget_is_used_better_by_exact_allocation():
     space, objectives, error, worth = bits_problem()
     found = population.evolve(jax.random.key(3), space, objectives, members=400, generations=120)

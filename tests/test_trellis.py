@@ -139,7 +139,8 @@ def test_the_ring_has_no_seam():
 
 
 @pytest.mark.parametrize(
-    ("bits", "states", "most"), [(1, 256, 0.285), (2, 256, 0.076), (3, 256, 0.0205), (4, 64, 0.0058)]
+    ("bits", "states", "most"),
+    [(1, 256, 0.285), (2, 64, 0.076), (2, 256, 0.076), (3, 256, 0.0205), (4, 64, 0.0058)],
 )
 def test_error_of_normal_vectors_lies_between_shannon_and_lloyd_max(bits, states, most):
     """The targets; at 2 bits also the .0787 of the classic 256 states (Marcellin and Fischer), at d = 128."""

@@ -2,36 +2,24 @@
 
 The kernels are CUDA C++ in `sources/`, compiled for the shapes at hand when they are first traced. `decode` reads the
 stacked buffers in place: the layer, the lengths and the settings are operands in device memory, so that nothing is
-sliced, copied or synchronized. Few parts of a row are joined by the blocks that made them, many by `combine`.
-`docs/kernels.md` has the design and what it reaches.
+sliced, copied or synchronized. All blocks read as many tokens, so that rows are cut between them; `combine` joins the
+parts. `docs/kernels.md` has the design and what it reaches.
 """
 
 import functools
-import importlib.resources
-import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxquant._kernels import nvrtc
+from jaxquant._kernels import cuda_blocks, nvrtc
+from jaxquant._kernels.cuda_formats import DTYPES, book, levels, pair_window, rounds, signs, unreadable, width
 from jaxquant._kernels.xla import Partial, Rule
 from jaxquant._spread import Spread
 from jaxquant._stacks import Index, Stack
 from jaxquant.protocols import Quantizer
-from jaxquant.quantizers import PerLayer, Quantized, Scalar
-from jaxquant.rotations import Hadamard, Identity
+from jaxquant.quantizers import Quantized, Scalar
 from jaxquant.trellis import Trellis
-
-_TILE = 32
-RULES = {"norm": 0, "preserve": 1, "unbiased": 2, "least_squares": 3}
-DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-_DIMS = (64, 80, 96, 128, 256)
-_MOST_STAGES = 3
-_SHARED = 218 * 1024  # bytes of a multiprocessor's shared memory that its blocks share
-_WINDOW = 10  # bits that decide two coordinates of a trellis code, at most: a table has 128 bytes for each window
-_ROOMY = ((9, 0), (10, 0), (10, 3), (11, 0))  # compute capabilities whose blocks can have 227 KB of shared memory
 
 
 def unsupported(stack: Stack, heads: int, rule: Rule, spread: Spread | None = None) -> str | None:
@@ -51,42 +39,10 @@ def unsupported(stack: Stack, heads: int, rule: Rule, spread: Spread | None = No
             return f"{name} {obstacle}"
     if not 1 <= heads <= 16:
         return f"{heads} query heads share a kv head, more than 16"
-    if stack.slots < _TILE:
-        return f"there is room for {stack.slots} coded tokens, fewer than {_TILE}"
+    if stack.slots < cuda_blocks.TILE:
+        return f"there is room for {stack.slots} coded tokens, fewer than {cuda_blocks.TILE}"
     if rule.visible is not None:
         return "`visible` is given"
-    return None
-
-
-def unreadable(quantizer: Quantizer | PerLayer) -> str | None:
-    """Say why codes of a quantizer cannot be read by these kernels, or return None where they can."""
-    if isinstance(quantizer, Trellis):
-        return _unreadable_trellis(quantizer)
-    if not isinstance(quantizer, Scalar):
-        return f"are held by {type(quantizer).__name__}, not by quantizers.Scalar"
-    if book(quantizer) is None:
-        return f"have {quantizer.bits} bits and a codebook of grid {quantizer.codebook.grid!r}"
-    if quantizer.codebook.centroids.shape[-1] != 2**quantizer.bits:
-        return f"have {quantizer.codebook.centroids.shape[-1]} levels, not {2**quantizer.bits}"
-    if quantizer.dim not in _DIMS:
-        return f"have dim {quantizer.dim}, not one of {', '.join(map(str, _DIMS))}"
-    return None
-
-
-def _unreadable_trellis(quantizer: Trellis) -> str | None:
-    code, lowest = quantizer.code, nvrtc.capability()
-    if lowest is not None and lowest not in _ROOMY:
-        return f"have trellis codes, for which compute capability {lowest[0]}.{lowest[1]} has too little shared memory"
-    if code.kind != "table":
-        return f"have trellis codes of kind {code.kind}, not table"
-    if len(code.tables) > 1 or len(code.tables[0]) > 1:
-        return f"have trellis codes with {sum(map(len, code.tables))} tables, more than one"
-    if code.widths[0] > 2:
-        return f"have trellis codes of {code.widths[0]} bits, more than 2"
-    if code.dim not in (64, 128, 256)[code.widths[0] == 1 :]:
-        return f"have trellis codes of dim {code.dim}, not a power of two from {128 // code.widths[0]} to 256"
-    if pair_window(quantizer) > _WINDOW:
-        return f"have a trellis of {code.states} states, more than {1 << _WINDOW - 2 * code.widths[0]}"
     return None
 
 
@@ -166,10 +122,9 @@ def attend(
         dtype = "float32"
         q = q.astype(dtype)
     windows = pair_window(keys), pair_window(values)
-    shape = _shape(dim, heads, trellis=any(windows))
-    passes = -(-heads // shape.columns)
-    parts = _parts(batch * kv_heads * passes, slots, shape, most_together())
-    together = parts <= most_together()
+    vector = sum(code.codes.shape[-1] + code.scales.dtype.itemsize for code in codes if code.scales is not None)
+    shape = cuda_blocks.shape(dim, heads, vector, windows)
+    blocks = cuda_blocks.count(batch * kv_heads * -(-heads // shape.columns), slots, shape)
     decode, combine = kernels(
         dim=dim,
         heads=heads,
@@ -182,24 +137,25 @@ def attend(
         sliding=rule.sliding_window is not None,
         even=slots % 8 == 0,
         page=page,
-        cluster=parts if together else 0,
         windows=windows,
     )
     nothing = jnp.zeros((), jnp.float32)
+    layer = jnp.asarray(layer, jnp.int32)
+    sliding = jnp.zeros((), jnp.int32) if rule.sliding_window is None else rule.sliding_window
     results = [
         jax.ShapeDtypeStruct((batch, kv_heads, heads, dim), dtype),
         jax.ShapeDtypeStruct((batch, kv_heads, heads), jnp.float32),
     ]
-    partial, sums, out, lse = decode(
+    parts, sums, out, lse = decode(
         [
             q,
-            jnp.asarray(layer, jnp.int32),
+            layer,
             jnp.asarray(index, jnp.int32),
             length,
             exact_from,
             rule.scale,
             nothing if rule.soft_cap is None else rule.soft_cap,
-            jnp.zeros((), jnp.int32) if rule.sliding_window is None else rule.sliding_window,
+            sliding,
             jnp.zeros((), jnp.int32) if table is None else table,
             *_operands(codes[0], keys),
             signs(keys),
@@ -208,17 +164,28 @@ def attend(
         ],
         [layers, batch, kv_heads, slots, sinks, window, length.shape[0]],
         [
-            jax.ShapeDtypeStruct((batch * kv_heads * heads, parts, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch * kv_heads * heads, parts, 2), jnp.float32),
-            *(results if together else [jax.ShapeDtypeStruct((1,), jnp.float32)] * 2),
+            jax.ShapeDtypeStruct((blocks, 2, shape.columns, dim), jnp.float32),
+            jax.ShapeDtypeStruct((blocks, 2, shape.columns, 2), jnp.float32),
+            *results,
         ],
-        grid=(batch * kv_heads * passes, parts),
+        grid=(blocks, 1),
     )
-    if not together:
-        out, lse = combine([partial, sums, signs(values)], [parts], results, grid=(batch * kv_heads * heads, 1))
+    if blocks > 1:
+        out, lse = combine(
+            [parts, sums, signs(values), layer, length, exact_from, sliding, out, lse],
+            [batch, kv_heads, sinks, window, length.shape[0], blocks],
+            results,
+            grid=(batch * kv_heads * heads, 1),
+            aliases={7: 0, 8: 1},
+        )
     if value_rounds is None:
         out = values.restore(out)
     return Partial(out.astype(asked), lse)
+
+
+def _operands(code: Quantized, quantizer: Scalar | Trellis) -> list[Array]:
+    assert code.scales is not None
+    return [code.codes, code.scales, levels(quantizer)]
 
 
 @functools.cache
@@ -235,19 +202,15 @@ def kernels(
     sliding: bool,
     even: bool,
     page: int = 0,
-    cluster: int = 0,
     windows: tuple[int, int] = (0, 0),
     capability: tuple[int, int] | None = None,
 ) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
-    """Compile `decode` and `combine` for one configuration; with a `cluster`, `decode` joins its parts itself."""
+    """Compile `decode` and `combine` for one configuration."""
     capability = capability or nvrtc.capability() or (9, 0)
     ways = 8
-    shape = _shape(dim, heads, trellis=any(windows))
-    table = 128 << max(windows) if any(windows) else 0
-    stage = _TILE * (dim * sum(bits) // 8 + sum(4 if scale == "float32" else 2 for scale in scales))
-    room = _SHARED // shape.blocks - table - (4 if windows[0] else 2) * shape.columns * (dim + 8) - 2048
-    stages = max(2, min(_MOST_STAGES, room // (shape.warps * stage)))
-    shared = max(table + shape.warps * stages * stage, 4 * shape.warps * shape.columns * (dim + 1))
+    vector = dim * sum(bits) // 8 + sum(4 if scale == "float32" else 2 for scale in scales)
+    shape = cuda_blocks.shape(dim, heads, vector, windows)
+    stages, shared = cuda_blocks.stages(shape, dim, vector, windows)
     constants = {
         "D": dim,
         "HEADS": heads,
@@ -269,116 +232,12 @@ def kernels(
         "VALUE_WINDOW": windows[1],
         "EVEN": int(even),
         "PAGE": page,
-        "CLUSTER": cluster,
     }
-    together = f"#define TOGETHER {f'__cluster_dims__(1, {cluster}, 1)' if cluster > 1 else ''}"
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
     grids = f"constexpr Book KEY_BOOK = {books[0]}, VALUE_BOOK = {books[1]};"
-    parts = "words.cuh", "codes.cuh", numbers, grids, together, "join.cuh", "windows.cuh", "stages.cuh", "decode.cu"
-    text = source(*parts)
+    parts = "words.cuh", "codes.cuh", numbers, grids, "deal.cuh", "join.cuh", "windows.cuh", "stages.cuh", "decode.cu"
+    joining = nvrtc.source(numbers, "deal.cuh", "join.cuh", "combine.cu")
     return (
-        nvrtc.Kernel("decode", text, threads=32 * shape.warps, capability=capability, shared=shared),
-        nvrtc.Kernel("combine", source(numbers, "join.cuh", "combine.cu"), threads=32 * ways, capability=capability),
+        nvrtc.Kernel("decode", nvrtc.source(*parts), threads=32 * shape.warps, capability=capability, shared=shared),
+        nvrtc.Kernel("combine", joining, threads=32 * ways, capability=capability),
     )
-
-
-def source(*parts: str) -> str:
-    """Put a source together: files of `sources/` after the ones all need, and text that is no file's name."""
-    folder = importlib.resources.files("jaxquant._kernels") / "sources"
-    files = ("intrinsics.cuh", "rotate.cuh", *parts)
-    return "\n".join((folder / part).read_text() if part.endswith((".cu", ".cuh")) else part for part in files)
-
-
-def _operands(code: Quantized, quantizer: Scalar | Trellis) -> list[Array]:
-    assert code.scales is not None
-    levels = quantizer.code.tables[0][0] if isinstance(quantizer, Trellis) else quantizer.codebook.centroids
-    return [code.codes, code.scales, levels]
-
-
-def width(quantizer: Scalar | Trellis) -> int:
-    """Give the bits of a coordinate."""
-    return quantizer.code.widths[0] if isinstance(quantizer, Trellis) else quantizer.bits
-
-
-def pair_window(quantizer: Scalar | Trellis) -> int:
-    """Give the bits that decide two neighbouring coordinates of a trellis code, and 0 for scalar codes."""
-    return quantizer.code.memory + 2 * width(quantizer) if isinstance(quantizer, Trellis) else 0
-
-
-def book(quantizer: Scalar | Trellis) -> str | None:
-    """Give the kernels' name of a codebook (`sources/codes.cuh`), or None where they have none."""
-    if isinstance(quantizer, Trellis):
-        return "TRELLIS"
-    match quantizer.bits, quantizer.codebook.grid:
-        case 2, "uniform":
-            return "UNIFORM"
-        case 4, "symmetric":
-            return "SYMMETRIC"
-        case 2 | 3 | 4, "bytes":
-            return "ANY"
-        case 8, _:
-            return "TABLE"
-    return None
-
-
-def rounds(quantizer: Scalar | Trellis) -> int | None:
-    """Give the rounds of a rotation the kernels can do themselves, or None."""
-    rotation: Any = quantizer.rotation
-    if isinstance(rotation, Identity):
-        return 0
-    if isinstance(rotation, Hadamard) and quantizer.dim & (quantizer.dim - 1) == 0:
-        return rotation.signs.shape[0]
-    return None
-
-
-def signs(quantizer: Scalar | Trellis) -> Array:
-    """Give the signs of a rotation of which `rounds` is not 0."""
-    rotation: Any = quantizer.rotation
-    return rotation.signs if rounds(quantizer) else jnp.zeros((1, 1), jnp.int8)
-
-
-class _Shape(NamedTuple):
-    """Query heads and warps of a block, and blocks that a multiprocessor is to hold, which bounds their registers."""
-
-    columns: int
-    warps: int
-    blocks: int
-
-
-def _shape(dim: int, heads: int, *, trellis: bool = False) -> _Shape:
-    if trellis:  # a multiprocessor has room for one table
-        return _Shape(
-            16 if heads > 8 and dim < 256 else 8, 8 if heads > 8 or dim == 256 else 16 if heads <= 4 else 12, 1
-        )
-    if dim == 256:
-        return _Shape(columns=8, warps=4, blocks=2)
-    return _Shape(columns=16, warps=6, blocks=2) if heads > 8 else _Shape(columns=8, warps=8, blocks=2)
-
-
-def _parts(rows: int, slots: int, shape: _Shape, together: int) -> int:
-    """Choose into how many parts a row's tokens are split, by what the slowest multiprocessor has to do.
-
-    The unit is the time of a tile. A block starts and ends in about two of them, and so does `combine`, which parts
-    that cannot be joined `together` need.
-    """
-    places = shape.blocks * cores()
-    most = max(1, min(256, slots // (_TILE * shape.warps)))
-
-    def cost(parts: int) -> float:
-        tiles = math.ceil(slots / (_TILE * shape.warps * parts))
-        return math.ceil(rows * parts / places) * (tiles + 2) + (2 + 0.02 * parts) * (parts > together)
-
-    return min(range(1, most + 1), key=cost)
-
-
-def most_together() -> int:
-    """Give how many parts of a row one launch can join: blocks wait for each other from compute capability 9.0 on."""
-    return 8 if (nvrtc.capability() or (9, 0)) >= (9, 0) else 1
-
-
-def cores() -> int:
-    """Count the multiprocessors of the first GPU."""
-    try:
-        return jax.devices("cuda")[0].core_count  # pyright: ignore[reportAttributeAccessIssue]
-    except (RuntimeError, AttributeError):
-        return 132

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxquant._kernels import cuda, cuda_trellis, nvrtc
+from jaxquant._kernels import cuda_blocks, cuda_formats, cuda_trellis, nvrtc
 from jaxquant._stacks import Index, Store
 from jaxquant.quantizers import Quantized
 from jaxquant.trellis import Trellis
@@ -26,7 +26,7 @@ def unsupported(store: Store) -> str | None:
     if isinstance(quantizer, Trellis):
         obstacle = cuda_trellis.uncodable(quantizer)
         return f"vectors {obstacle}" if obstacle else None
-    obstacle = cuda.unreadable(quantizer)
+    obstacle = cuda_formats.unreadable(quantizer)
     if obstacle is not None:
         return f"vectors {obstacle}"
     if quantizer.dim not in (64, 128, 256):
@@ -50,7 +50,7 @@ def encode(
     """
     quantizer: Any = store.quantizer
     held = store.codes
-    rounds = cuda.rounds(quantizer)
+    rounds = cuda_formats.rounds(quantizer)
     if rounds is None:
         x = quantizer.rotation.rotate(jnp.nan_to_num(x.astype(jnp.float32)))
     constants = {
@@ -64,10 +64,10 @@ def encode(
         code = quantizer.code
         made = cuda_trellis.kernel(bits=code.widths[0], states=code.states, **constants)
         each = cuda_trellis.shape(code.dim, code.widths[0], code.states)
-        levels, group, blocks = code.tables[0][0], each.vectors * cuda_trellis.WARPS, each.blocks
+        group, blocks = each.vectors * cuda_trellis.WARPS, each.blocks
     else:
-        made = kernel(bits=quantizer.bits, book=cuda.book(quantizer), **constants)
-        levels, group, blocks = quantizer.codebook.centroids, 16 * _WARPS, _BLOCKS
+        made = kernel(bits=quantizer.bits, book=cuda_formats.book(quantizer), **constants)
+        group, blocks = 16 * _WARPS, _BLOCKS
     layers, batch, kv_heads, slots = held.codes.shape[:4]
     vectors = batch * x.shape[1] * kv_heads
     if vectors >= 2**31:
@@ -77,14 +77,14 @@ def encode(
             x,
             jnp.asarray(index, jnp.int32),
             slot,
-            levels,
-            cuda.signs(quantizer),
+            cuda_formats.levels(quantizer),
+            cuda_formats.signs(quantizer),
             held.codes,
             held.scales,
         ],
         [layers, batch, x.shape[1], kv_heads, slots],
         [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (held.codes, held.scales)],
-        grid=(max(1, min(-(-vectors // group), blocks * cuda.cores())), 1),
+        grid=(max(1, min(-(-vectors // group), blocks * cuda_blocks.cores())), 1),
         aliases={5: 0, 6: 1},
     )
     return Quantized(codes=codes, scales=scales)
@@ -106,12 +106,12 @@ def kernel(
     constants = {
         "D": dim,
         "BITS": bits,
-        "SCALES": cuda.DTYPES[scales],
-        "INPUT": cuda.DTYPES[given],
+        "SCALES": cuda_formats.DTYPES[scales],
+        "INPUT": cuda_formats.DTYPES[given],
         "ROUNDS": rounds,
         "BLOCKS": _BLOCKS,
-        "RULE": cuda.RULES[rule],
+        "RULE": cuda_formats.RULES[rule],
     }
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
-    text = cuda.source("words.cuh", "codes.cuh", numbers, f"constexpr Book BOOK = {book};", "encode.cu")
+    text = nvrtc.source("words.cuh", "codes.cuh", numbers, f"constexpr Book BOOK = {book};", "encode.cu")
     return nvrtc.Kernel("encode", text, threads=32 * _WARPS, capability=capability or nvrtc.capability() or (9, 0))

@@ -8,7 +8,7 @@ import functools
 from typing import NamedTuple
 
 from jaxquant import viterbi
-from jaxquant._kernels import cuda, nvrtc
+from jaxquant._kernels import cuda_formats, nvrtc
 from jaxquant.trellis import Trellis
 
 BITS = (1, 2, 3)
@@ -21,8 +21,9 @@ _SHARED = 227 * 1024  # bytes of a multiprocessor's shared memory
 def uncodable(quantizer: Trellis) -> str | None:
     """Say why the kernel cannot search for codes, or return None where it can."""
     code = quantizer.code
-    if len(code.tables) > 1 or len(code.tables[0]) > 1:
-        return f"have trellis codes with {sum(map(len, code.tables))} tables, more than one"
+    tables = sum(map(len, code.tables))
+    if tables > 1:
+        return f"have trellis codes with {tables} tables, more than one"
     for name, value, possible in (
         ("a trellis of kind", code.kind, ("table",)),
         ("bits", code.widths[0], BITS),
@@ -53,10 +54,10 @@ def kernel(
         "BITS": bits,
         "STATES": states,
         "DEPTH": viterbi.depth(dim, dim * bits, states),
-        "SCALES": cuda.DTYPES[scales],
-        "INPUT": cuda.DTYPES[given],
+        "SCALES": cuda_formats.DTYPES[scales],
+        "INPUT": cuda_formats.DTYPES[given],
         "ROUNDS": rounds,
-        "RULE": cuda.RULES[rule],
+        "RULE": cuda_formats.RULES[rule],
         "WARPS": WARPS,
         "BLOCKS": each.blocks,
         "SPACE": each.space,
@@ -64,7 +65,7 @@ def kernel(
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
     return nvrtc.Kernel(
         "encode_trellis",
-        cuda.source("words.cuh", numbers, "encode_trellis.cu"),
+        nvrtc.source("words.cuh", numbers, "encode_trellis.cu"),
         threads=32 * WARPS,
         shared=WARPS * each.space,
         capability=capability or nvrtc.capability() or (9, 0),

@@ -8,6 +8,7 @@ import ctypes
 import ctypes.util
 import functools
 import glob
+import importlib.resources
 import importlib.util
 import os
 import zlib
@@ -62,6 +63,13 @@ def available() -> bool:
     """Say whether JAX sees NVIDIA GPUs and the kernels run on all of them: they need compute capability 8.0."""
     lowest = capability()
     return lowest is not None and lowest >= (8, 0)
+
+
+def source(*parts: str) -> str:
+    """Put a source together: files of `sources/` after the ones all need, and text that is no file's name."""
+    folder = importlib.resources.files("jaxquant._kernels") / "sources"
+    files = ("intrinsics.cuh", "rotate.cuh", *parts)
+    return "\n".join((folder / part).read_text() if part.endswith((".cu", ".cuh")) else part for part in files)
 
 
 @functools.cache

@@ -3,14 +3,13 @@
 Rotations are linear, so one matrix stands for any of them. Everything is calculated in float32.
 """
 
-import abc
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from jaxquant.interop import _tables
-from jaxquant.interop._tables import packed_fields, unpacked_fields
+from jaxquant.interop._tables import Twin, packed_fields, twin, unpacked_fields
 from jaxquant.quantizers import Exact, Scalar
 
 _TINY, _EPS = 2.0**-126, 2.0**-23
@@ -23,32 +22,11 @@ def coder(quantizer: Any) -> "Mlx":
     Raises:
         TypeError: there is none.
     """
-    match quantizer:
-        case Scalar():
-            return ScalarCodes(quantizer)
-        case Exact():
-            return ExactCodes(quantizer)
-        case _:
-            raise TypeError(f"quantizer must be a quantizers.Scalar or Exact, got {type(quantizer).__name__}")
+    return twin(quantizer, scalar=ScalarCodes, exact=ExactCodes)
 
 
-class Mlx(abc.ABC):
+class Mlx(Twin):
     """The operations of `_halves.Coder` that need no arithmetic."""
-
-    def __init__(self, dim: int, **tables: mx.array):
-        self.dim = dim
-        self.tables = tables
-
-    @abc.abstractmethod
-    def quantize(self, x: mx.array, /) -> tuple[mx.array, ...]:
-        """Code tokens [batch, kv_heads, tokens, dim]."""
-
-    @abc.abstractmethod
-    def dequantize(self, code: tuple[mx.array, ...], like: mx.array, /) -> mx.array:
-        """Decode tokens, in the dtype of `like`."""
-
-    def __deepcopy__(self, memo: dict) -> "Mlx":
-        return self  # nothing in it changes
 
     def join(self, parts: Sequence[mx.array], /) -> mx.array:
         """Concatenate along tokens."""

@@ -3,7 +3,6 @@
 Rotations are linear, so one matrix stands for any of them. Everything is calculated in float32, whatever autocast says.
 """
 
-import abc
 import copy
 import functools
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from jaxquant.interop import _tables
-from jaxquant.interop._tables import packed_fields, unpacked_fields
+from jaxquant.interop._tables import Twin, packed_fields, twin, unpacked_fields
 from jaxquant.quantizers import Exact, Scalar
 
 _BLOCK = 1 << 24  # coordinates that are decoded at a time
@@ -25,33 +24,15 @@ def coder(quantizer: Any) -> "Torch":
     Raises:
         TypeError: there is none.
     """
-    match quantizer:
-        case Scalar():
-            return ScalarCodes(quantizer)
-        case Exact():
-            return ExactCodes(quantizer)
-        case _:
-            raise TypeError(f"quantizer must be a quantizers.Scalar or Exact, got {type(quantizer).__name__}")
+    return twin(quantizer, scalar=ScalarCodes, exact=ExactCodes)
 
 
-class Torch(abc.ABC):
+class Torch(Twin):
     """The operations of `_halves.Coder` that need no arithmetic, and tables that follow the model's device."""
 
     def __init__(self, dim: int, **tables: torch.Tensor):
-        self.dim = dim
-        self.tables = tables
+        super().__init__(dim, **tables)
         self._elsewhere: dict[torch.device, Torch] = {}
-
-    @abc.abstractmethod
-    def quantize(self, x: torch.Tensor, /) -> tuple[torch.Tensor, ...]:
-        """Code tokens [batch, kv_heads, tokens, dim]."""
-
-    @abc.abstractmethod
-    def dequantize(self, code: tuple[torch.Tensor, ...], like: torch.Tensor, /) -> torch.Tensor:
-        """Decode tokens, in the dtype of `like`."""
-
-    def __deepcopy__(self, memo: dict) -> "Torch":
-        return self  # nothing in it changes
 
     def to(self, device: torch.device) -> "Torch":
         """Give the same coder with tables on a device, one for all who ask."""

@@ -20,6 +20,7 @@ elsewhere.
 import argparse
 import functools
 import importlib
+import inspect
 import json
 import math
 import sys
@@ -117,9 +118,10 @@ def settings(options: argparse.Namespace, text: "Text") -> list[tuple[str, Calla
     }
     if "fisher" in chosen:  # the usual one has no calibration to score tokens by
         chosen["fisher, gradients"] = text.informed
-    anchor = chosen.pop(ANCHOR)
-    anchored = sorted({*ANCHORED, *options.bits})
-    work = [(name, builder, bits) for name, builder in ((ANCHOR, anchor), (FRESH, newest)) for bits in anchored]
+    peers = [(ANCHOR, chosen.pop(ANCHOR))]
+    if any(inspect.signature(builder).return_annotation is Pipeline for builder in chosen.values()):
+        peers.append((FRESH, newest))
+    work = [(name, builder, bits) for name, builder in peers for bits in sorted({*ANCHORED, *options.bits})]
     for bits in options.bits:
         work += [(name, builder, bits) for name, builder in sorted(chosen.items())]
     if 8 not in options.bits:

@@ -61,7 +61,7 @@ def main() -> None:
     for name, times in found.items():
         print(f"| {name} | {medians[name]:.3f} | {min(times):.3f} | {max(times):.3f} |")
     ratio = medians["converted folder"] / medians["model and calibration"]
-    print(f"\n{len(times)} starts of each; the converted folder takes {ratio:.2f} of the time")
+    print(f"\n{len(found['converted folder'])} starts of each; the converted folder takes {ratio:.2f} of the time")
     if arguments.json:
         arguments.json.write_text(json.dumps({"seconds": found, "ratio": ratio}))
 

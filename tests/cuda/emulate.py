@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxquant import _attention, _cache
-from jaxquant._kernels import cuda, cuda_encode, cuda_trellis, nvrtc
+from jaxquant._kernels import cuda, cuda_blocks, cuda_encode, cuda_trellis, nvrtc
 
 _HEADER = pathlib.Path(__file__).with_name("warp.h")
 
@@ -51,8 +51,8 @@ def _library(name: str, source: str) -> ctypes.CDLL:
             arguments.append(f"s[{integers}]")
             integers += 1
     body += (
-        'extern "C" void run(void** p, int* s, int x, int y, int threads, int cluster) '
-        f"{{ launch(x, y, threads, cluster, [&] {{ {name}({', '.join(arguments)}); }}); }}\n"
+        'extern "C" void run(void** p, int* s, int x, int y, int threads) '
+        f"{{ launch(x, y, threads, [&] {{ {name}({', '.join(arguments)}); }}); }}\n"
     )
     stem = pathlib.Path(_folder().name) / hashlib.sha256(body.encode()).hexdigest()[:16]
     stem.with_suffix(".cpp").write_text(body)
@@ -66,18 +66,15 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 @contextlib.contextmanager
-def installed(
-    *, cores: int = 132, together: int = 8, replace: tuple[str, str] | None = None, swap: dict[int, int] | None = None
-):
+def installed(*, cores: int = 132, replace: tuple[str, str] | None = None, swap: dict[int, int] | None = None):
     """Let "cuda" run here.
 
     Args:
         cores: multiprocessors to pretend.
-        together: parts of a row that one launch can join.
         replace: a mistake to plant: text of the sources, and what stands there instead.
         swap: another: operands of `decode` that others are passed for.
     """
-    original, found = cuda.source, []
+    original, found = nvrtc.source, []
 
     def source(*parts: str) -> str:
         text = original(*parts)
@@ -100,9 +97,8 @@ def installed(
     try:
         with (
             mock.patch.object(nvrtc, "Kernel", kernel),
-            mock.patch.object(cuda, "source", source),
-            mock.patch.object(cuda, "cores", return_value=cores),
-            mock.patch.object(cuda, "most_together", return_value=min(together, cuda.most_together())),
+            mock.patch.object(nvrtc, "source", source),
+            mock.patch.object(cuda_blocks, "cores", return_value=cores),
         ):
             yield
     finally:
@@ -115,8 +111,6 @@ class Kernel(nvrtc.Kernel):
 
     def __init__(self, name, source, *, threads, capability, shared=0):
         self.name, self.source, self.threads = name, source, threads
-        together = re.search(r"__cluster_dims__\(1, (\d+), 1\)", source)
-        self.cluster = int(together[1]) if together else 1
 
     def __call__(self, operands, integers, results, *, grid, aliases=None):
         aliases = aliases or {}
@@ -133,7 +127,6 @@ class Kernel(nvrtc.Kernel):
                     (ctypes.c_int * len(integers))(*integers),
                     *grid,
                     self.threads,
-                    self.cluster,
                 )
             return made
 

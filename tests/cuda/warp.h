@@ -20,7 +20,6 @@ typedef unsigned long long u64;
 #define SHARED alignas(16) static
 #define ARENA extern
 #define __restrict__
-#define __cluster_dims__(x, y, z)
 
 struct alignas(8) Words2 { u32 x, y; };
 struct alignas(16) Words4 { u32 x, y, z, w; };
@@ -28,30 +27,24 @@ struct alignas(16) Words4 { u32 x, y, z, w; };
 struct Fibre {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
-    bool done, waiting;  // for the other blocks of its cluster
-};
-
-// Asynchronous copies happen when they are waited for, and not before.
-struct Copy { u8* to; const u8* from; int bytes; };
-
-struct Meeting { int arrived, generation; };
-
-struct Block {
-    int x, y;
-    std::vector<Fibre> fibres;
-    std::vector<std::vector<Copy>> groups[1024];
-    Meeting meetings[33];  // one a warp, and one for the block
+    bool done;
 };
 
 static ucontext_t scheduler;
+static std::vector<Fibre> fibres;
 static std::function<void()> body;
-static Block* block;
-static int current, grid_x, grid_y;
-static bool cluster_is_there;
+static int current, grid_x, grid_y, at_x, at_y;
 static u32 deposits[1024][8];
 
 // Dynamic shared memory.
 alignas(16) u8 arena[232448];
+
+// Asynchronous copies happen when they are waited for, and not before.
+struct Copy { u8* to; const u8* from; int bytes; };
+static std::vector<std::vector<Copy>> groups[1024];
+
+struct Meeting { int arrived, generation; };
+static Meeting meetings[33];  // one a warp, and one for the block
 
 static void meet(Meeting& meeting, int size) {
     int generation = meeting.generation;
@@ -59,73 +52,51 @@ static void meet(Meeting& meeting, int size) {
         meeting.arrived = 0;
         meeting.generation++;
     } else {
-        while (meeting.generation == generation) swapcontext(&block->fibres[current].context, &scheduler);
+        while (meeting.generation == generation) swapcontext(&fibres[current].context, &scheduler);
     }
 }
-static void meet_warp() { meet(block->meetings[current / 32], 32); }
+static void meet_warp() { meet(meetings[current / 32], 32); }
 
 static void enter() {
     body();
-    block->fibres[current].done = true;
+    fibres[current].done = true;
 }
 
-static void prepare(Block& made, int x, int y, int threads) {
-    made.x = x, made.y = y;
-    made.fibres = std::vector<Fibre>(threads);
-    memset(made.meetings, 0, sizeof made.meetings);
-    for (auto& fibre : made.fibres) {
-        fibre.done = fibre.waiting = false;
-        fibre.stack.reset(new char[1 << 17]);
-        getcontext(&fibre.context);
-        fibre.context.uc_stack.ss_sp = fibre.stack.get();
-        fibre.context.uc_stack.ss_size = 1 << 17;
-        fibre.context.uc_link = &scheduler;
-        makecontext(&fibre.context, enter, 0);
-    }
-}
-
-// Run a block until its threads are done or wait for its cluster. Shared memory holds nothing of the block before.
-static void run_block(Block& one) {
-    block = &one;
-    memset(arena, 0x3f, sizeof arena);  // numbers like any other
-    for (bool running = true; running;) {
-        running = false;
-        for (current = 0; current < (int)one.fibres.size(); current++) {
-            Fibre& fibre = one.fibres[current];
-            if (fibre.done || (fibre.waiting && !cluster_is_there)) continue;
-            swapcontext(&scheduler, &fibre.context);
-            running = true;
-        }
-    }
-}
-
-static void launch(int x, int y, int threads, int cluster, std::function<void()> kernel) {
+static void launch(int x, int y, int threads, std::function<void()> kernel) {
     body = kernel;
     grid_x = x, grid_y = y;
-    if (y % cluster) abort();
-    for (int first = 0; first < y; first += cluster)
-        for (int at_x = 0; at_x < x; at_x++) {
-            std::vector<Block> blocks(cluster);
-            cluster_is_there = false;
-            for (int i = 0; i < cluster; i++) {
-                prepare(blocks[i], at_x, first + i, threads);
-                run_block(blocks[i]);
+    for (at_y = 0; at_y < y; at_y++)
+        for (at_x = 0; at_x < x; at_x++) {
+            fibres = std::vector<Fibre>(threads);
+            memset(meetings, 0, sizeof meetings);
+            memset(arena, 0xff, sizeof arena);
+            for (auto& waiting : groups) waiting.clear();
+            for (auto& fibre : fibres) {
+                fibre.done = false;
+                fibre.stack.reset(new char[1 << 17]);
+                getcontext(&fibre.context);
+                fibre.context.uc_stack.ss_sp = fibre.stack.get();
+                fibre.context.uc_stack.ss_size = 1 << 17;
+                fibre.context.uc_link = &scheduler;
+                makecontext(&fibre.context, enter, 0);
             }
-            cluster_is_there = true;
-            for (auto& one : blocks) run_block(one);
+            for (bool running = true; running;) {
+                running = false;
+                for (current = 0; current < threads; current++)
+                    if (!fibres[current].done) {
+                        swapcontext(&scheduler, &fibres[current].context);
+                        running = true;
+                    }
+            }
         }
 }
 
 DEVICE int thread() { return current; }
-DEVICE int block_x() { return block->x; }
-DEVICE int block_y() { return block->y; }
+DEVICE int block_x() { return at_x; }
+DEVICE int block_y() { return at_y; }
 DEVICE int blocks_x() { return grid_x; }
 DEVICE int blocks_y() { return grid_y; }
-DEVICE void sync() { meet(block->meetings[32], (int)block->fibres.size()); }
-DEVICE void sync_cluster() {
-    block->fibres[current].waiting = true;
-    while (!cluster_is_there) swapcontext(&block->fibres[current].context, &scheduler);
-}
+DEVICE void sync() { meet(meetings[32], (int)fibres.size()); }
 
 DEVICE bool any_lane(bool x) {
     deposits[current][0] = x;
@@ -134,6 +105,13 @@ DEVICE bool any_lane(bool x) {
     for (int lane = 0; lane < 32; lane++) found |= deposits[current / 32 * 32 + lane][0];
     meet_warp();
     return found;
+}
+DEVICE u32 shuffle(u32 x, int lane) {
+    deposits[current][0] = x;
+    meet_warp();
+    u32 y = deposits[current / 32 * 32 + lane][0];
+    meet_warp();
+    return y;
 }
 DEVICE u32 shuffle_xor(u32 x, int mask) {
     deposits[current][0] = x;
@@ -166,18 +144,16 @@ DEVICE Words4 load128(const u8* p) { return load_aligned<Words4, 16>(p); }
 template <int BYTES>
 DEVICE void copy_async(u8* to, const u8* from) {
     if ((uintptr_t)to % BYTES || (uintptr_t)from % BYTES) abort();
-    auto& groups = block->groups[current];
-    if (groups.empty()) groups.emplace_back();
-    groups.back().push_back({to, from, BYTES});
+    if (groups[current].empty()) groups[current].emplace_back();
+    groups[current].back().push_back({to, from, BYTES});
 }
 DEVICE void end_group() {
-    auto& groups = block->groups[current];
-    if (groups.empty()) groups.emplace_back();
-    groups.emplace_back();
+    if (groups[current].empty()) groups[current].emplace_back();
+    groups[current].emplace_back();
 }
 template <int NEWEST>
 DEVICE void wait_for_all_but() {
-    auto& mine = block->groups[current];  // the last of them is still open
+    auto& mine = groups[current];  // the last of them is still open
     while ((int)mine.size() > NEWEST + 1) {
         for (auto& copy : mine.front()) memcpy(copy.to, copy.from, copy.bytes);
         mine.erase(mine.begin());

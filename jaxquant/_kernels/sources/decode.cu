@@ -13,10 +13,8 @@
 // Compiled with: D, HEADS (that share a kv head), KEY_BITS, VALUE_BITS, KEY_BOOK, VALUE_BOOK, KEY_SCALES, VALUE_SCALES,
 // QUERIES (0 float, 1 bfloat16, 2 half), OUTPUT, KEY_ROUNDS, VALUE_ROUNDS, SOFT_CAP, SLIDING (0 or 1), WARPS, BLOCKS (per
 // multiprocessor), STAGES (tiles of a warp in shared memory), KEY_WINDOW and VALUE_WINDOW (see windows.cuh), EVEN (1 where
-// slots are a multiple of 8), PAGE (tokens of a page, a multiple of 32, or 0 where a row's tokens are neighbours), CLUSTER
-// (parts of a row that are joined here, by blocks that wait for each other, or 0 where `combine` does it).
+// slots are a multiple of 8), PAGE (tokens of a page, a multiple of 32, or 0 where a row's tokens are neighbours).
 
-constexpr int COLUMNS = HEADS > 8 && D <= 128 ? 16 : 8;
 constexpr int SIDES = COLUMNS / 8;               // products of values
 constexpr int FOURS = (HEADS < COLUMNS ? HEADS + 3 : COLUMNS) / 4;  // products of keys
 constexpr int THREADS = 32 * WARPS;
@@ -46,9 +44,7 @@ template <>
 struct ScoreOf<TRELLIS> { typedef float type; };
 typedef ScoreOf<KEY_BOOK>::type Score;
 
-DEVICE int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
-
-KERNEL(THREADS, BLOCKS) TOGETHER decode(
+KERNEL(THREADS, BLOCKS) decode(
     const void* __restrict__ q, const int* __restrict__ layer, const int* __restrict__ index,
     const int* __restrict__ length, const int* __restrict__ exact_from, const float* __restrict__ scale, const float* __restrict__ soft_cap,
     const int* __restrict__ sliding, const int* __restrict__ table, const u8* __restrict__ key_codes, const u8* __restrict__ key_scales,
@@ -64,27 +60,10 @@ KERNEL(THREADS, BLOCKS) TOGETHER decode(
     SHARED float bias_of[COLUMNS];
     SHARED u16 key_table[KEY_BOOK == TABLE ? 256 : 2], value_table[VALUE_BOOK == TABLE ? 256 : 2];
 
-    constexpr int PASSES = (HEADS + COLUMNS - 1) / COLUMNS;
-    const int pair = block_x() / PASSES, first_head = block_x() % PASSES * COLUMNS, part = block_y();
-    const int heads = HEADS - first_head < COLUMNS ? HEADS - first_head : COLUMNS;
-    const int row = pair / kv_heads, lane = thread() % 32, warp = thread() / 32, g = lane / 4, t = lane % 4;
-    const int held = clamp(index[0], layers - 1), lengths = clamp(layer[0], all_layers - 1) * batch + row;
+    const int lane = thread() % 32, warp = thread() / 32, g = lane / 4, t = lane % 4, held = clamp(index[0], layers - 1);
 
     Keys::Books key_book;
     Values::Books value_book;
-
-    // What does not wait for the lengths is asked for first.
-    const long long base = ((long long)row * kv_heads + pair % kv_heads) * HEADS + first_head;
-    constexpr int PER_LANE = (D + 31) / 32, PER_WARP = (COLUMNS + WARPS - 1) / WARPS;
-    const float temperature = scale[0] * (SOFT_CAP ? 1.0f : LOG2_E);
-    float turned_query[PER_WARP][PER_LANE];
-#pragma unroll
-    for (int k = 0; k < PER_WARP; k++)
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i++) {
-            const int head = k * WARPS + warp, c = lane * PER_LANE + i;
-            turned_query[k][i] = head < heads && c < D ? read(q, (base + head) * D + c, QUERIES) * temperature : 0.0f;
-        }
     key_book.prepare(key_levels, key_table, THREADS);
     value_book.prepare(value_levels, value_table, THREADS);
     if constexpr (TABLE_BYTES) {
@@ -94,319 +73,337 @@ KERNEL(THREADS, BLOCKS) TOGETHER decode(
         give_table(value_book, arena, of_values);
     }
 
-    // The tokens of this block: its share of those that the row reads from codes.
-    const int tokens = length[lengths], unexact = exact_from[lengths];
-    int stop = tokens - window > unexact ? tokens - window : unexact;
-    stop = (stop < tokens ? stop : tokens) - sinks;
-    int first = SLIDING ? tokens - sliding[0] - sinks : 0;
-    first = first > 0 ? first : 0;
-    int share = stop > first ? (stop - first + blocks_y() - 1) / blocks_y() : 0;
-    share = (share + TILE - 1) / TILE * TILE;
-    first += part * share;
-    stop = stop < first + share ? stop : first + share;
-
-    const long long vectors = PAGE ? 0 : (((long long)held * batch + row) * kv_heads + pair % kv_heads) * slots;
-    const u8* own_value_scales = value_scales + vectors * VALUE_SCALE_BYTES;
-    const Source from = source_of(key_codes + vectors * Keys::L::ROW, value_codes + vectors * Values::L::ROW,
-                                  key_scales + vectors * KEY_SCALE_BYTES, own_value_scales, lane);
-    const Place place = {table + (long long)row * (slots / (PAGE ? PAGE : 1)), kv_heads, pair % kv_heads};
-
-    // Tiles end inside the buffer: the last one may start before its tokens, which are masked.
-    const int last_start = slots - TILE;
-    const int mix = g / 2 + 4 * (g % 2);
-    u8* stages = arena + TABLE_BYTES + warp * STAGES * STAGE;
-    int at = (first & (PAGE ? ~(TILE - 1) : ~7)) + warp * TILE;  // a tile is part of one page
+    const Rows rows = rows_of(layer, length, exact_from, sliding, batch, sinks, window, all_layers);
+    const int lines = kv_heads * PASSES, steps = lines * rows.all_steps(lane);
+    const int blocks = blocks_x() < steps ? blocks_x() : steps;
+    if (block_x() >= blocks) return;
+    int step = first_step(steps, block_x(), blocks);
+    const int last_step = first_step(steps, block_x() + 1, blocks);
+    int before, row = rows.row_of(step, lines, lane, before), own = rows.steps(row);
+    int line = (step - lines * before) / own, offset = (step - lines * before) % own;
+    while (step < last_step) {
+        const int count = own - offset < last_step - step ? own - offset : last_step - step;
+        const int head_of_pair = line % PASSES * COLUMNS, kv_head = line / PASSES;
+        const int heads = HEADS - head_of_pair < COLUMNS ? HEADS - head_of_pair : COLUMNS;
+        const long long base = ((long long)row * kv_heads + kv_head) * HEADS + head_of_pair;
+        constexpr int PER_LANE = (D + 31) / 32, PER_WARP = (COLUMNS + WARPS - 1) / WARPS;
+        const float temperature = scale[0] * (SOFT_CAP ? 1.0f : LOG2_E);
+        float turned_query[PER_WARP][PER_LANE];
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) {
-        const int ahead = at + i * TILE * WARPS;
-        if (ahead < stop) fetch(stages + i * STAGE, from, own_value_scales, place.of(ahead < last_start ? ahead : last_start), lane);
-        end_group();
-    }
-    // The queries: rotated, scaled to well inside a half, and as halves in the order of the key fragments.
-    float largest = 0.0f;
+        for (int k = 0; k < PER_WARP; k++)
 #pragma unroll
-    for (int k = 0; k < PER_WARP; k++) {
-        if (k * WARPS + warp < heads) rotate<KEY_ROUNDS>(turned_query[k], key_signs, lane);
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i++) largest = fmaxf(largest, fabsf(turned_query[k][i]));
-    }
-#pragma unroll
-    for (int mask = 16; mask; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
-    if (lane == 0) warp_peak[warp][0] = largest;
-    sync();
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, warp_peak[w][0]);
-    // Queries become integers of 16 bits, or halves where keys are; `key_unit` undoes the factor.
-    largest = largest > 1e-30f ? largest : 1e-30f;
-    const float grow = (KEY_HALVES ? 256.0f : 32600.0f) / largest;
-    const float key_unit = key_book.step * rsqrt_(D) / grow;
-#pragma unroll
-    for (int k = 0; k < PER_WARP; k++)
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i++) {
-            const int head = k * WARPS + warp, c = lane * PER_LANE + i;
-            const float x = turned_query[k][i] * grow;
-            if (head < COLUMNS && c < D) {
-                const u16 first = KEY_HALVES ? (u16)pack_halves(x, 0.0f) : (u16)(short)rint_(x);
-                queries[head * PITCH + c] = first;
-                if (TWO_HALVES)
-                    queries[(COLUMNS + head) * PITCH + c] = (u16)pack_halves(x - half_to_float(first), 0.0f);
+            for (int i = 0; i < PER_LANE; i++) {
+                const int head = k * WARPS + warp, c = lane * PER_LANE + i;
+                turned_query[k][i] = head < heads && c < D ? read(q, (base + head) * D + c, QUERIES) * temperature : 0.0f;
             }
-        }
-    sync();
+        int first, stop;
+        rows.span(row, first, stop);
+        const int origin = first & ~(ALIGNED - 1), end = origin + (offset + count) * STEP;
+        if (offset) first = origin + offset * STEP;
+        stop = stop < end ? stop : end;
 
-    // Column g of product k: a byte of head 4 k + g / 2, the upper one where g is even. Halves: head 4 k + g / 2 in even
-    // columns, and nothing in odd ones, or what the half left.
-    u32 query[KEY_STEPS][FOURS][2];
-#pragma unroll
-    for (int k = 0; k < FOURS; k++) {
-        const u16* head = queries + (4 * k + g / 2) * PITCH;
-        int sum = 0;
-#pragma unroll
-        for (int i = 0; i < KEY_WORDS; i++)
-#pragma unroll
-            for (int h = 0; h < Keys::PER_WORD; h++) {
-                u32 both = 0;
-#pragma unroll
-                for (int e = 0; e < Keys::EACH; e++) {
-                    const int c = Keys::coordinate(t, i, h, e);
-                    if (TWO_HALVES) {
-                        both |= (u32)head[g % 2 * COLUMNS * PITCH + c] << 16 * e;
-                    } else if (KEY_HALVES) {
-                        both |= (c < 0 || g % 2 ? 0u : (u32)head[c]) << 16 * e;
-                    } else {
-                        int x = c < 0 ? 0 : (int)(short)head[c];
-                        if (Keys::factor(h) == 4) x = (x + 2) >> 2;
-                        sum += x * Keys::factor(h);
-                        both |= (u32)((g % 2 ? x : (x - (int)(signed char)x) >> 8) & 255) << 8 * e;
-                    }
-                }
-                const int at = i * Keys::PER_WORD + h;
-                query[at / 2][k][at % 2] = both;
-            }
-        float bias = -(float)sum * key_book.offset;
-        bias += shuffle_xor(bias, 1);
-        bias += shuffle_xor(bias, 2);
-        if (warp == 0 && t == 0 && g % 2 == 0) bias_of[4 * k + g / 2] = bias;
-    }
-    sync();
+        const long long vectors = PAGE ? 0 : (((long long)held * batch + row) * kv_heads + kv_head) * slots;
+        const u8* own_value_scales = value_scales + vectors * VALUE_SCALE_BYTES;
+        const Source from = source_of(key_codes + vectors * Keys::L::ROW, value_codes + vectors * Values::L::ROW,
+                                      key_scales + vectors * KEY_SCALE_BYTES, own_value_scales, lane);
+        const Place place = {table + (long long)row * (slots / (PAGE ? PAGE : 1)), kv_heads, kv_head};
 
-    float peak[FOURS], total[FOURS], bias[FOURS], acc[VALUE_TILES][SIDES][4], offset_sum[SIDES][4];
-    float grown = bits_to_float((u32)(127 + 100) << 23);  // factor in the weights that meet values
+        // Tiles end inside the buffer: the last one may start before its tokens, which are masked.
+        const int last_start = slots - TILE;
+        const int mix = g / 2 + 4 * (g % 2);
+        u8* stages = arena + TABLE_BYTES + warp * STAGES * STAGE;
+        int at = (first & ~(ALIGNED - 1)) + warp * TILE;  // a tile is part of one page
 #pragma unroll
-    for (int k = 0; k < FOURS; k++) peak[k] = FAR, total[k] = 0.0f, bias[k] = bias_of[4 * k + t];
-#pragma unroll
-    for (int side = 0; side < SIDES; side++)
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            offset_sum[side][c] = 0.0f;
-#pragma unroll
-            for (int i = 0; i < VALUE_TILES; i++) acc[i][side][c] = 0.0f;
-        }
-
-    int slot_of_stage = 0;
-    for (; at < stop; at += TILE * WARPS) {
-        const u8* stage = stages + slot_of_stage * STAGE;
-        wait_for_all_but<STAGES - 2>();
-        sync_warp();
-        {
-            const int free_stage = slot_of_stage == 0 ? STAGES - 1 : slot_of_stage - 1;
-            const int ahead = at + (STAGES - 1) * TILE * WARPS;
-            if (ahead < stop)
-                fetch(stages + free_stage * STAGE, from, own_value_scales, place.of(ahead < last_start ? ahead : last_start),
-                      lane);
+        for (int i = 0; i < STAGES - 1; i++) {
+            const int ahead = at + i * TILE * WARPS;
+            if (ahead < stop) fetch(stages + i * STAGE, from, own_value_scales, place.of(ahead < last_start ? ahead : last_start), lane);
             end_group();
         }
-        slot_of_stage = slot_of_stage == STAGES - 1 ? 0 : slot_of_stage + 1;
-        const int here = at < last_start ? at : last_start;
-        const int begin = at > first ? at : first;  // tokens before it belong to another tile
-
-        Keys::Mine keys[4];
+        // The queries: rotated, scaled to well inside a half, and as halves in the order of the key fragments.
+        float largest = 0.0f;
 #pragma unroll
-        for (int j = 0; j < 4; j++) keys[j].load(stage + (8 * j + mix) * Keys::L::ROW, t);
-        Score score[FOURS][2][4];
+        for (int k = 0; k < PER_WARP; k++) {
+            if (k * WARPS + warp < heads) rotate<KEY_ROUNDS>(turned_query[k], key_signs, lane);
 #pragma unroll
-        for (int k = 0; k < FOURS; k++)
-#pragma unroll
-            for (int c = 0; c < 8; c++) score[k][c / 4][c % 4] = 0;
-#pragma unroll
-        for (int i = 0; i < KEY_WORDS; i++) {
-            u32 x[4][Keys::PER_WORD];
-#pragma unroll
-            for (int j = 0; j < 4; j++) Keys::operands(keys[j], i, t, key_book, x[j]);
-#pragma unroll
-            for (int h = 0; h < Keys::PER_WORD; h += 2) {
-                const int step = (i * Keys::PER_WORD + h) / 2;
-#pragma unroll
-                for (int s = 0; s < 2; s++)
-#pragma unroll
-                    for (int k = 0; k < FOURS; k++)
-                        product(score[k][s], x[2 * s][h], x[2 * s + 1][h], x[2 * s][h + 1], x[2 * s + 1][h + 1],
-                                query[step][k][0], query[step][k][1]);
-            }
+            for (int i = 0; i < PER_LANE; i++) largest = fmaxf(largest, fabsf(turned_query[k][i]));
         }
-        float key_scale[4], value_scale[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            key_scale[j] = read(stage + KEY_SCALES_AT, 8 * j + mix, KEY_SCALES) * key_unit;
-            value_scale[j] = read(stage + VALUE_SCALES_AT, 8 * j + mix, VALUE_SCALES);
-        }
-
-        // weight[k][j]: of key 8 j + mix(g) and head 4 k + t.
-        float weight[FOURS][4];
+        for (int mask = 16; mask; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+        if (lane == 0) warp_peak[warp][0] = largest;
+        sync();
 #pragma unroll
-        for (int k = 0; k < FOURS; k++)
+        for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, warp_peak[w][0]);
+        // Queries become integers of 16 bits, or halves where keys are; `key_unit` undoes the factor.
+        largest = largest > 1e-30f ? largest : 1e-30f;
+        const float grow = (KEY_HALVES ? 256.0f : 32600.0f) / largest;
+        const float key_unit = key_book.step * rsqrt_(D) / grow;
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float x = (whole(score[k][j / 2][2 * (j % 2)], score[k][j / 2][2 * (j % 2) + 1]) + bias[k]) * key_scale[j];
-                if (SOFT_CAP) {
-                    const float cap = soft_cap[0];
-                    x = cap * LOG2_E * (1.0f - 2.0f / (1.0f + exp2_(x * (2.0f * LOG2_E / cap))));
-                }
-                weight[k][j] = x;
-            }
-        if (here < begin || here + TILE > stop) {
+        for (int k = 0; k < PER_WARP; k++)
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int slot = here + 8 * j + mix;
-                if (slot < begin || slot >= stop) {
-#pragma unroll
-                    for (int k = 0; k < FOURS; k++) weight[k][j] = -INFINITY;
-                    value_scale[j] = 0.0f;
+            for (int i = 0; i < PER_LANE; i++) {
+                const int head = k * WARPS + warp, c = lane * PER_LANE + i;
+                const float x = turned_query[k][i] * grow;
+                if (head < COLUMNS && c < D) {
+                    const u16 first = KEY_HALVES ? (u16)pack_halves(x, 0.0f) : (u16)(short)rint_(x);
+                    queries[head * PITCH + c] = first;
+                    if (TWO_HALVES)
+                        queries[(COLUMNS + head) * PITCH + c] = (u16)pack_halves(x - half_to_float(first), 0.0f);
                 }
             }
-        }
+        sync();
 
-        float most[FOURS];
-        float widest = fmaxf(fmaxf(fabsf(value_scale[0]), fabsf(value_scale[1])),
-                             fmaxf(fabsf(value_scale[2]), fabsf(value_scale[3])));
-        bool left_behind = widest * grown > 128.0f;
+        // Column g of product k: a byte of head 4 k + g / 2, the upper one where g is even. Halves: head 4 k + g / 2 in even
+        // columns, and nothing in odd ones, or what the half left.
+        u32 query[KEY_STEPS][FOURS][2];
 #pragma unroll
         for (int k = 0; k < FOURS; k++) {
-            most[k] = fmaxf(fmaxf(weight[k][0], weight[k][1]), fmaxf(weight[k][2], weight[k][3]));
-            left_behind |= most[k] > peak[k] + 8.0f;
-        }
-        if (any_lane(left_behind)) {
+            const u16* head = queries + (4 * k + g / 2) * PITCH;
+            int sum = 0;
 #pragma unroll
-            for (int mask = 4; mask < 32; mask *= 2) widest = fmaxf(widest, shuffle_xor(widest, mask));
-            float shrink = 1.0f;
-            if (widest * grown > 128.0f) {
-                const float now = bits_to_float((260u << 23) - (float_to_bits(widest) & 0x7f800000u));
-                shrink = now / grown;
-                grown = now;
-            }
+            for (int i = 0; i < KEY_WORDS; i++)
 #pragma unroll
-            for (int k = 0; k < 2 * SIDES; k++) {
-                float decay = shrink;
-                if (k < FOURS) {
-                    float top = most[k];
+                for (int h = 0; h < Keys::PER_WORD; h++) {
+                    u32 both = 0;
 #pragma unroll
-                    for (int mask = 4; mask < 32; mask *= 2) top = fmaxf(top, shuffle_xor(top, mask));
-                    top = fmaxf(top, peak[k]);
-                    const float fade = exp2_(peak[k] - top);
-                    peak[k] = top;
-                    total[k] *= fade;
-                    decay *= fade;
+                    for (int e = 0; e < Keys::EACH; e++) {
+                        const int c = Keys::coordinate(t, i, h, e);
+                        if (TWO_HALVES) {
+                            both |= (u32)head[g % 2 * COLUMNS * PITCH + c] << 16 * e;
+                        } else if (KEY_HALVES) {
+                            both |= (c < 0 || g % 2 ? 0u : (u32)head[c]) << 16 * e;
+                        } else {
+                            int x = c < 0 ? 0 : (int)(short)head[c];
+                            if (Keys::factor(h) == 4) x = (x + 2) >> 2;
+                            sum += x * Keys::factor(h);
+                            both |= (u32)((g % 2 ? x : (x - (int)(signed char)x) >> 8) & 255) << 8 * e;
+                        }
+                    }
+                    const int at = i * Keys::PER_WORD + h;
+                    query[at / 2][k][at % 2] = both;
                 }
-                offset_sum[k / 2][k % 2] *= decay;
+            float bias = -(float)sum * key_book.offset;
+            bias += shuffle_xor(bias, 1);
+            bias += shuffle_xor(bias, 2);
+            if (warp == 0 && t == 0 && g % 2 == 0) bias_of[4 * k + g / 2] = bias;
+        }
+        sync();
+
+        float peak[FOURS], total[FOURS], bias[FOURS], acc[VALUE_TILES][SIDES][4], offset_sum[SIDES][4];
+        float grown = bits_to_float((u32)(127 + 100) << 23);  // factor in the weights that meet values
 #pragma unroll
-                for (int i = 0; i < VALUE_TILES; i++) {
-                    acc[i][k / 2][k % 2] *= decay;
-                    acc[i][k / 2][2 + k % 2] *= decay;
+        for (int k = 0; k < FOURS; k++) peak[k] = FAR, total[k] = 0.0f, bias[k] = bias_of[4 * k + t];
+#pragma unroll
+        for (int side = 0; side < SIDES; side++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                offset_sum[side][c] = 0.0f;
+#pragma unroll
+                for (int i = 0; i < VALUE_TILES; i++) acc[i][side][c] = 0.0f;
+            }
+
+        int slot_of_stage = 0;
+        for (; at < stop; at += TILE * WARPS) {
+            const u8* stage = stages + slot_of_stage * STAGE;
+            wait_for_all_but<STAGES - 2>();
+            sync_warp();
+            {
+                const int free_stage = slot_of_stage == 0 ? STAGES - 1 : slot_of_stage - 1;
+                const int ahead = at + (STAGES - 1) * TILE * WARPS;
+                if (ahead < stop)
+                    fetch(stages + free_stage * STAGE, from, own_value_scales, place.of(ahead < last_start ? ahead : last_start),
+                          lane);
+                end_group();
+            }
+            slot_of_stage = slot_of_stage == STAGES - 1 ? 0 : slot_of_stage + 1;
+            const int here = at < last_start ? at : last_start;
+            const int begin = at > first ? at : first;  // tokens before it belong to another tile
+
+            Keys::Mine keys[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) keys[j].load(stage + (8 * j + mix) * Keys::L::ROW, t);
+            Score score[FOURS][2][4];
+#pragma unroll
+            for (int k = 0; k < FOURS; k++)
+#pragma unroll
+                for (int c = 0; c < 8; c++) score[k][c / 4][c % 4] = 0;
+#pragma unroll
+            for (int i = 0; i < KEY_WORDS; i++) {
+                u32 x[4][Keys::PER_WORD];
+#pragma unroll
+                for (int j = 0; j < 4; j++) Keys::operands(keys[j], i, t, key_book, x[j]);
+#pragma unroll
+                for (int h = 0; h < Keys::PER_WORD; h += 2) {
+                    const int step = (i * Keys::PER_WORD + h) / 2;
+#pragma unroll
+                    for (int s = 0; s < 2; s++)
+#pragma unroll
+                        for (int k = 0; k < FOURS; k++)
+                            product(score[k][s], x[2 * s][h], x[2 * s + 1][h], x[2 * s][h + 1], x[2 * s + 1][h + 1],
+                                    query[step][k][0], query[step][k][1]);
                 }
             }
-        }
-        u32 turned[SIDES][4];
+            float key_scale[4], value_scale[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const float factor = value_scale[j] * grown;
-            float x[2 * SIDES];
+            for (int j = 0; j < 4; j++) {
+                key_scale[j] = read(stage + KEY_SCALES_AT, 8 * j + mix, KEY_SCALES) * key_unit;
+                value_scale[j] = read(stage + VALUE_SCALES_AT, 8 * j + mix, VALUE_SCALES);
+            }
+
+            // weight[k][j]: of key 8 j + mix(g) and head 4 k + t.
+            float weight[FOURS][4];
 #pragma unroll
-            for (int k = 0; k < 2 * SIDES; k++) {
-                if (k < FOURS) {
-                    x[k] = exp2_(weight[k][j] - peak[k]);
-                    total[k] += x[k];
-                    x[k] *= factor;
-                } else {
-                    x[k] = 0.0f;
+            for (int k = 0; k < FOURS; k++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float x = (whole(score[k][j / 2][2 * (j % 2)], score[k][j / 2][2 * (j % 2) + 1]) + bias[k]) * key_scale[j];
+                    if (SOFT_CAP) {
+                        const float cap = soft_cap[0];
+                        x = cap * LOG2_E * (1.0f - 2.0f / (1.0f + exp2_(x * (2.0f * LOG2_E / cap))));
+                    }
+                    weight[k][j] = x;
+                }
+            if (here < begin || here + TILE > stop) {
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const int slot = here + 8 * j + mix;
+                    if (slot < begin || slot >= stop) {
+#pragma unroll
+                        for (int k = 0; k < FOURS; k++) weight[k][j] = -INFINITY;
+                        value_scale[j] = 0.0f;
+                    }
                 }
             }
+
+            float most[FOURS];
+            float widest = fmaxf(fmaxf(fabsf(value_scale[0]), fabsf(value_scale[1])),
+                                 fmaxf(fabsf(value_scale[2]), fabsf(value_scale[3])));
+            bool left_behind = widest * grown > 128.0f;
 #pragma unroll
-            for (int side = 0; side < SIDES; side++) turned[side][j] = transpose(pack_halves(x[2 * side], x[2 * side + 1]));
-        }
-#pragma unroll
-        for (int s = 0; s < 2; s++) {
-            if (has_offset(VALUE_BOOK)) {
-                const u32 ones = 0x3c003c00u;
-#pragma unroll
-                for (int side = 0; side < SIDES; side++)
-                    multiply(offset_sum[side], ones, ones, ones, ones, turned[side][2 * s], turned[side][2 * s + 1]);
+            for (int k = 0; k < FOURS; k++) {
+                most[k] = fmaxf(fmaxf(weight[k][0], weight[k][1]), fmaxf(weight[k][2], weight[k][3]));
+                left_behind |= most[k] > peak[k] + 8.0f;
             }
-            Values::Mine values[4];
+            if (any_lane(left_behind)) {
 #pragma unroll
-            for (int m = 0; m < 4; m++) values[m].load(stage + VALUES_AT + (16 * s + 4 * m + t) * Values::L::ROW, g);
+                for (int mask = 4; mask < 32; mask *= 2) widest = fmaxf(widest, shuffle_xor(widest, mask));
+                float shrink = 1.0f;
+                if (widest * grown > 128.0f) {
+                    const float now = bits_to_float((260u << 23) - (float_to_bits(widest) & 0x7f800000u));
+                    shrink = now / grown;
+                    grown = now;
+                }
 #pragma unroll
-            for (int i = 0; i < VALUE_WORDS; i++) {
-                u32 low[Values::PER_WORD], high[Values::PER_WORD];
-                Values::pairs(values[0], values[1], i, g, value_book, low);
-                Values::pairs(values[2], values[3], i, g, value_book, high);
+                for (int k = 0; k < 2 * SIDES; k++) {
+                    float decay = shrink;
+                    if (k < FOURS) {
+                        float top = most[k];
 #pragma unroll
-                for (int h = 0; h < Values::PER_WORD; h += 2)
+                        for (int mask = 4; mask < 32; mask *= 2) top = fmaxf(top, shuffle_xor(top, mask));
+                        top = fmaxf(top, peak[k]);
+                        const float fade = exp2_(peak[k] - top);
+                        peak[k] = top;
+                        total[k] *= fade;
+                        decay *= fade;
+                    }
+                    offset_sum[k / 2][k % 2] *= decay;
+#pragma unroll
+                    for (int i = 0; i < VALUE_TILES; i++) {
+                        acc[i][k / 2][k % 2] *= decay;
+                        acc[i][k / 2][2 + k % 2] *= decay;
+                    }
+                }
+            }
+            u32 turned[SIDES][4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float factor = value_scale[j] * grown;
+                float x[2 * SIDES];
+#pragma unroll
+                for (int k = 0; k < 2 * SIDES; k++) {
+                    if (k < FOURS) {
+                        x[k] = exp2_(weight[k][j] - peak[k]);
+                        total[k] += x[k];
+                        x[k] *= factor;
+                    } else {
+                        x[k] = 0.0f;
+                    }
+                }
+#pragma unroll
+                for (int side = 0; side < SIDES; side++) turned[side][j] = transpose(pack_halves(x[2 * side], x[2 * side + 1]));
+            }
+#pragma unroll
+            for (int s = 0; s < 2; s++) {
+                if (has_offset(VALUE_BOOK)) {
+                    const u32 ones = 0x3c003c00u;
 #pragma unroll
                     for (int side = 0; side < SIDES; side++)
-                        multiply(acc[(i * Values::PER_WORD + h) / 2][side], low[h], low[h + 1], high[h], high[h + 1],
-                                 turned[side][2 * s], turned[side][2 * s + 1]);
+                        multiply(offset_sum[side], ones, ones, ones, ones, turned[side][2 * s], turned[side][2 * s + 1]);
+                }
+                Values::Mine values[4];
+#pragma unroll
+                for (int m = 0; m < 4; m++) values[m].load(stage + VALUES_AT + (16 * s + 4 * m + t) * Values::L::ROW, g);
+#pragma unroll
+                for (int i = 0; i < VALUE_WORDS; i++) {
+                    u32 low[Values::PER_WORD], high[Values::PER_WORD];
+                    Values::pairs(values[0], values[1], i, g, value_book, low);
+                    Values::pairs(values[2], values[3], i, g, value_book, high);
+#pragma unroll
+                    for (int h = 0; h < Values::PER_WORD; h += 2)
+#pragma unroll
+                        for (int side = 0; side < SIDES; side++)
+                            multiply(acc[(i * Values::PER_WORD + h) / 2][side], low[h], low[h + 1], high[h], high[h + 1],
+                                     turned[side][2 * s], turned[side][2 * s + 1]);
+                }
             }
         }
-    }
 
-    // Join the warps; the stages' space takes their outputs.
-    wait_for_all_but<0>();
-    sync();
-    float* space = (float*)arena;
-    const float value_unit = value_book.step * rsqrt_(D) / grown;
+        // Join the warps; the stages' space takes their outputs.
+        wait_for_all_but<0>();
+        sync();
+        float* space = (float*)(arena + TABLE_BYTES);
+        const float value_unit = value_book.step * rsqrt_(D) / grown;
 #pragma unroll
-    for (int k = 0; k < FOURS; k++) {
-        const int head = 4 * k + t;
+        for (int k = 0; k < FOURS; k++) {
+            const int head = 4 * k + t;
 #pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) total[k] += shuffle_xor(total[k], mask);
-        if (g == 0) warp_peak[warp][head] = peak[k], warp_total[warp][head] = total[k];
+            for (int mask = 4; mask < 32; mask *= 2) total[k] += shuffle_xor(total[k], mask);
+            if (g == 0) warp_peak[warp][head] = peak[k], warp_total[warp][head] = total[k];
 #pragma unroll
-        for (int i = 0; i < VALUE_WORDS; i++)
+            for (int i = 0; i < VALUE_WORDS; i++)
 #pragma unroll
-            for (int h = 0; h < Values::PER_WORD; h++) {
-                const int c = Values::coordinate(g, i, h), at_tile = i * Values::PER_WORD + h;
-                const float x = acc[at_tile / 2][k / 2][2 * (at_tile % 2) + k % 2] / Values::factor(h) -
-                                value_book.offset * offset_sum[k / 2][k % 2];
-                if (c >= 0) space[(warp * COLUMNS + head) * OUT_PITCH + c] = x * value_unit;
+                for (int h = 0; h < Values::PER_WORD; h++) {
+                    const int c = Values::coordinate(g, i, h), at_tile = i * Values::PER_WORD + h;
+                    const float x = acc[at_tile / 2][k / 2][2 * (at_tile % 2) + k % 2] / Values::factor(h) -
+                                    value_book.offset * offset_sum[k / 2][k % 2];
+                    if (c >= 0) space[(warp * COLUMNS + head) * OUT_PITCH + c] = x * value_unit;
+                }
+        }
+        sync();
+        for (int i = thread(); i < heads * D; i += THREADS) {
+            const int head = i / D, c = i % D;
+            float top = FAR, x = 0.0f, sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) top = fmaxf(top, warp_peak[w][head]);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                const float decay = exp2_(warp_peak[w][head] - top);
+                x += decay * space[(w * COLUMNS + head) * OUT_PITCH + c];
+                sum += decay * warp_total[w][head];
             }
-    }
-    sync();
-    for (int i = thread(); i < heads * D; i += THREADS) {
-        const int head = i / D, c = i % D;
-        float top = FAR, x = 0.0f, sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) top = fmaxf(top, warp_peak[w][head]);
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            const float decay = exp2_(warp_peak[w][head] - top);
-            x += decay * space[(w * COLUMNS + head) * OUT_PITCH + c];
-            sum += decay * warp_total[w][head];
+            const long long place = place_of(block_x(), offset == 0, head);
+            parts[place * D + c] = x;
+            if (c == 0) sums[2 * place] = top, sums[2 * place + 1] = sum;
         }
-        const long long place = (base + head) * blocks_y() + part;
-        parts[place * D + c] = x;
-        if (c == 0) sums[2 * place] = top, sums[2 * place + 1] = sum;
-    }
-    if constexpr (CLUSTER > 0) {
-        if constexpr (CLUSTER > 1)
-            sync_cluster();
-        else
+        if (count == own) {
             sync();
-        for (int head = part + CLUSTER * warp; head < heads; head += CLUSTER * WARPS) {
-            const long long place = (base + head) * CLUSTER;
-            float x[SHARE], top, sum;
-            weigh(parts + place * D, sums + 2 * place, CLUSTER, 0, 1, lane, x, top, sum);
-            finish(x, top, sum, value_signs, out, lse, base + head, lane);
+            for (int head = warp; head < heads; head += WARPS) {
+                float x[SHARE], top, sum;
+                weigh(parts, sums, block_x(), 1, head, 0, 1, lane, x, top, sum);
+                finish(x, top, sum, value_signs, out, lse, base + head, lane);
+            }
         }
+        step += count, offset = 0;
+        if (++line == lines && step < last_step) line = 0, own = rows.steps(++row);
+        sync();  // shared memory is used again
     }
 }

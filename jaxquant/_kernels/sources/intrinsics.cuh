@@ -22,12 +22,9 @@ DEVICE int block_y() { return blockIdx.y; }
 DEVICE int blocks_x() { return gridDim.x; }
 DEVICE int blocks_y() { return gridDim.y; }
 DEVICE void sync() { __syncthreads(); }
-// Blocks of a cluster (compute capability 9.0) wait for each other, and see what each wrote before: these release and acquire.
-DEVICE void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 DEVICE u32 load16(const u8* p) { return *(const u16*)p; }

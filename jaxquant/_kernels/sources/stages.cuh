@@ -1,8 +1,6 @@
 // Tiles of tokens on their way from global to shared memory: a warp copies its own, lane by lane, some tiles ahead.
 //
 // A stage holds a tile's key codes, value codes, key scales and value scales, as they lie in memory.
-constexpr int TILE = 32;
-
 typedef AcrossCoordinates<D, KEY_BITS, KEY_BOOK> Keys;
 typedef AcrossTokens<D, VALUE_BITS, VALUE_BOOK> Values;
 

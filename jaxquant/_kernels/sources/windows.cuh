@@ -8,7 +8,11 @@
 constexpr int WINDOW = KEY_WINDOW > VALUE_WINDOW ? KEY_WINDOW : VALUE_WINDOW;
 constexpr int TABLE_BYTES = WINDOW ? 128 << WINDOW : 0;
 
-// Fill the table; the offsets into its rows from which a lane reads keys and values.
+DEVICE u32 two_levels(const float* levels, int window, int last, int bits) {
+    return pack_halves(levels[window & last], levels[window >> bits & last]);
+}
+
+// Fill the table, a warp 32 rows at a time; the offsets into its rows from which a lane reads keys and values.
 template <int KEY_BITS, int VALUE_BITS>
 DEVICE void prepare_windows(u8* table, const float* key_levels, const float* value_levels, int threads, int& keys, int& values) {
     constexpr int KEY_LEVELS = KEY_WINDOW ? 1 << (KEY_WINDOW - KEY_BITS) : 1;
@@ -19,11 +23,15 @@ DEVICE void prepare_windows(u8* table, const float* key_levels, const float* val
         for (int i = lane; i < KEY_LEVELS; i += 32) apart |= key_levels[i] != value_levels[i];
         apart = any_lane(apart);
     }
-    for (int i = thread(); i < 32 << WINDOW; i += threads) {
-        const bool key = KEY_WINDOW && (!apart || i % 32 < 16);
-        const float* levels = key ? key_levels : value_levels;
-        const int last = key ? KEY_LEVELS - 1 : VALUE_LEVELS - 1, bits = key ? KEY_BITS : VALUE_BITS;
-        *(u32*)(table + 4 * i) = pack_halves(levels[i / 32 & last], levels[i / 32 >> bits & last]);
+    for (int first = thread() - lane; first < 1 << WINDOW; first += threads) {
+        const u32 key = KEY_WINDOW ? two_levels(key_levels, first + lane, KEY_LEVELS - 1, KEY_BITS) : 0;
+        const u32 value = VALUE_WINDOW ? two_levels(value_levels, first + lane, VALUE_LEVELS - 1, VALUE_BITS) : 0;
+#pragma unroll 8
+        for (int row = 0; row < 32; row++) {
+            const u32 of_key = shuffle(key, row), of_value = shuffle(value, row);
+            const bool which = KEY_WINDOW && (!apart || lane < 16);
+            *(u32*)(table + 128 * (first + row) + 4 * lane) = which ? of_key : of_value;
+        }
     }
     keys = 4 * (apart ? lane % 16 : lane), values = 4 * (apart ? 16 + lane % 16 : lane);
 }
