@@ -148,16 +148,11 @@ def gather(
     a = model.architecture
     if length > a.max_positions:
         raise ValueError(f"--seq-len must be at most the model's {a.max_positions} positions, got {length}")
-    ids = _ids(model, tokens)
-    if ids.ndim != 1:
-        raise ValueError(f"--tokens must name one long row of token ids, got an array of shape {list(ids.shape)}")
+    ids = token_files.row(model, tokens)
     chosen = evaluate.rows(ids, start=start, count=rows, length=length)
     asking = None
     if needle_rows and needle_file is not None:
-        asking = _ids(model, needle_file)
-        if asking.ndim != 2 or asking.shape[1] < 2:
-            raise ValueError(f"--needles must name rows of token ids, got an array of shape {list(asking.shape)}")
-        asking = asking[:needle_rows]
+        asking = token_files.rows(model, needle_file)[:needle_rows]
     elif needle_rows:
         asking = text.rows(
             np.random.default_rng(seed), ids, model.tokenizer, count=needle_rows, length=length + 1, retrieval=1.0,
@@ -165,10 +160,3 @@ def gather(
         )  # fmt: skip
     marked = None if asking is None else needles.answers(asking, model.tokenizer)
     return Text(source=tokens or "held-out text in the package", rows=chosen, asking=asking, marked=marked)
-
-
-def _ids(model: models.Model, source: str | None) -> Int[np.ndarray, "*rows tokens"]:
-    ids = token_files.read(model, source)
-    if ids.max() >= model.architecture.vocabulary:
-        raise ValueError(f"token id {ids.max()} is outside the model's vocabulary of {model.architecture.vocabulary}")
-    return ids

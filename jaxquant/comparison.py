@@ -76,29 +76,24 @@ def measure(
         chunk: tokens of a prefill step.
         batch: rows at a time.
         progress: called with a description, what is done and what there is to do.
+
+    Raises:
+        ValueError: a file does not hold such rows, or too few tokens.
     """
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    ids = token_files.read(trial.model, tokens)
-    if ids.ndim != 1:
-        raise ValueError(f"--tokens must name one long row of token ids, got an array of shape {list(ids.shape)}")
+    ids = token_files.row(trial.model, tokens)
     chosen = evaluate.rows(ids, start=start, count=rows, length=seq_len)
     scored = _score(trial, chosen, dtype, chunk, batch, "scoring text", progress)
     found = None
     if needle_file is not None:
-        hidden = token_files.read(trial.model, needle_file)
-        if hidden.ndim != 2:
-            raise ValueError(f"--needles must name rows of token ids, got an array of shape {list(hidden.shape)}")
-        found = _retrieve(trial, hidden[:needle_rows].astype(np.int64), dtype, chunk, batch, progress)
+        hidden = token_files.rows(trial.model, needle_file)[:needle_rows]
+        found = _retrieve(trial, hidden, dtype, chunk, batch, progress)
     return _report(trial.setting, scored, found, {"baseline": {}, "compressed": {}})
 
 
 def _score(
     trial: Trial, tokens: np.ndarray, dtype: str, chunk: int, batch: int, description: str, progress: Progress
 ) -> tuple[evaluate.Scores, float, float]:
-    if tokens.max() >= trial.model.architecture.vocabulary:
-        raise ValueError(
-            f"token id {tokens.max()} is outside the model's vocabulary of {trial.model.architecture.vocabulary}"
-        )
     capacity = tokens.shape[1] - 1
     scores = evaluate.compare(
         trial.model.decoder,
