@@ -78,7 +78,6 @@ def main() -> int:
     shapes = [(new, past) for past in PASTS for new in CHUNKS]
     turns: list[tuple[str, tuple[int, int] | None]] = [("cudnn", None)]
     turns += [(name, bits) for name in arguments.implementation.split(",") for bits in BITS]
-    turns = [turn for turn in turns if turn[0] != "xla"] + [turn for turn in turns if turn[0] == "xla"]
     ordered = [(shape, turn) for shape in shapes for turn in turns if turn[0] != "xla"]
     ordered += [(shape, turn) for shape in shapes for turn in turns if turn[0] == "xla"]
     for (new, past), (name, bits) in ordered:

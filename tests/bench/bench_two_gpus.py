@@ -9,7 +9,7 @@ over the largest number, beside that to a wrong operand (heads in another order)
 CPU devices and tiny shapes check that it runs: `XLA_FLAGS=--xla_force_host_platform_device_count=2`.
 
 The last part holds what an 8B model needs on one device: its weights (as bytes) and 32 layers of 1,048,576 tokens.
-Exit status 1 where a part failed, results differ, or, on GPUs, a goal is missed. A part that could begin after
+Exit status 1 where a part failed, results differ, or, on GPUs, a goal is missed. A part that would begin after
 `--seconds` is left out.
 """
 
