@@ -9,7 +9,8 @@ from typing import Any
 import mlx.core as mx
 
 from jaxquant.interop import _tables
-from jaxquant.interop._tables import Twin, packed_fields, twin, unpacked_fields
+from jaxquant.interop._tables import packed_fields, unpacked_fields
+from jaxquant.interop._twins import Twin, twin
 from jaxquant.quantizers import Exact, Scalar
 
 _TINY, _EPS = 2.0**-126, 2.0**-23

@@ -1,61 +1,16 @@
-"""What quantizers in the arithmetic of another framework share: a `quantizers.Scalar` as plain arrays, and a frame."""
+"""A `quantizers.Scalar` as plain arrays, and codes as bytes, for frameworks that code with arithmetic of their own."""
 
-import abc
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.quantizers import Exact, Scalar
+from jaxquant.quantizers import Scalar
 
-T = TypeVar("T")
 FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Widths of the fields that codes of so many bits are split into: see `jaxquant.packing`."""
-
-
-class Twin(abc.ABC):
-    """A quantizer in the arithmetic of another framework; what of `_halves.Coder` is the same in all of them.
-
-    Args:
-        dim: length of the vectors.
-        **tables: arrays of the framework, which nothing changes.
-    """
-
-    def __init__(self, dim: int, **tables: Any):
-        self.dim = dim
-        self.tables = tables
-
-    @abc.abstractmethod
-    def quantize(self, x: Any, /) -> tuple[Any, ...]:
-        """Code tokens [batch, kv_heads, tokens, dim]."""
-
-    @abc.abstractmethod
-    def dequantize(self, code: tuple[Any, ...], like: Any, /) -> Any:
-        """Decode tokens, in the dtype of `like`."""
-
-    def __deepcopy__(self, memo: dict) -> "Twin":
-        return self  # nothing in it changes
-
-
-def twin(quantizer: Any, *, scalar: Callable[[Scalar], T], exact: Callable[[Exact], T]) -> T:
-    """Make the twin of a quantizer with the class of its kind.
-
-    Raises:
-        TypeError: there is none.
-
-    Example:
-        >>> twin(Exact(dim=64), scalar=lambda one: one.bits, exact=lambda one: one.dim)
-        64
-    """
-    match quantizer:
-        case Scalar():
-            return scalar(quantizer)
-        case Exact():
-            return exact(quantizer)
-        case _:
-            raise TypeError(f"quantizer must be a quantizers.Scalar or Exact, got {type(quantizer).__name__}")
 
 
 def packed_fields(codes: Any, bits: int) -> list[Any]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from jaxquant.interop import _tables
-from jaxquant.interop._tables import Twin, packed_fields, twin, unpacked_fields
+from jaxquant.interop._tables import packed_fields, unpacked_fields
+from jaxquant.interop._twins import Twin, twin
 from jaxquant.quantizers import Exact, Scalar
 
 _BLOCK = 1 << 24  # coordinates that are decoded at a time
