@@ -3,14 +3,13 @@
 import dataclasses
 
 import chex
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_llama
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxquant import attention, cache, evaluate, models, pipeline, quantizers, strategies
 from jaxquant.methods import csa_hca, delta, h2o, kivi, knorm, palm, snapkv, stability, streamingllm, tiered, turboquant
@@ -325,8 +324,8 @@ def test_what_cannot_be_taken_back_is_not_cropped():
 LENGTHS = st.lists(st.integers(0, 30), min_size=B, max_size=B)
 
 
-@hypothesis.given(st.lists(st.tuples(st.sampled_from([1, 3, 6]), LENGTHS), max_size=9))
-@hypothesis.settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([1, 3, 6]), LENGTHS), max_size=9))
+@settings(max_examples=25, deadline=None)
 def test_any_appends_and_crops(moves):
     sinks, window, block = 2, 3, 4
     p = appending()
