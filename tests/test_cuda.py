@@ -42,10 +42,6 @@ class Case(NamedTuple):
     growth: tuple[float, float] = (1.0, 1.0)  # of the scales of keys and values, from the first token to the last
 
 
-def name_of(case: Case) -> str:
-    return "-".join(str(x) for x, usual in zip(case, Case(), strict=True) if x != usual).replace("'", "") or "usual"
-
-
 # Every format of keys with three formats of values, and the other way around; everything else varies along.
 GRID = [
     Case(
@@ -206,7 +202,7 @@ def compare(case: Case, got: Any, want: Any) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=caches.name_of)
 def test_kernel_equals_xla_and_float64(case):
     c, q = filled(case), queries(case)
     with emulate.installed(cores=case.cores):

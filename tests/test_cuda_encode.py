@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda import caches, emulate
+from cuda import appends, caches, emulate
 from jaxtyping import TypeCheckError
 
 from jaxquant import cache, codebooks, quantizers
@@ -66,43 +66,12 @@ CASES = [
 ]
 
 
-def name_of(case: Case) -> str:
-    return "-".join(str(x) for x, usual in zip(case, Case(), strict=True) if x != usual).replace("'", "") or "usual"
-
-
 def filled(case: Case) -> KVCache:
     keys, values = (
         caches.quantizer(book, case.dim, case.rotation, dtype, rule, seed=seed)
         for seed, (book, dtype, rule) in enumerate(zip((case.keys, case.values), case.scales, case.rules, strict=True))
     )
-    same = ("capacity", "sinks", "window", "exact_layers", "layer", "lengths")
-    return caches.filled(keys, values, **{name: getattr(case, name) for name in same})
-
-
-def inputs(case: Case) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    rng = np.random.default_rng(2)
-    shape = (len(case.lengths), case.new, caches.KV_HEADS, case.dim)
-    x = rng.standard_normal((2, *shape)) * np.exp(rng.standard_normal((2, *shape[:3], 1)))
-    if case.wild:
-        x[:, 0, 0] = 0
-        x[:, 0, 1, 0, 3], x[:, 0, 1, 1, 5] = np.inf, np.nan
-        x[:, 1, 0, 0] *= 1e-30
-        x[:, 1, 0, 1] *= 1e25
-        x[:, 1, 1, 0, 7], x[:, 1, 1, 1, 4] = 1e38, -np.inf
-        x[:, 2, 0, 0], x[:, 2, 0, 1] = np.nan, 1e-42
-    with np.errstate(over="ignore"):
-        k, v = (jnp.asarray(part.astype(jnp.dtype(case.x))) for part in x)
-    return k, v, jnp.asarray(rng.random(shape[:2]) < 0.6) if case.masked else None
-
-
-def append(case: Case, c: KVCache, implementation: Any) -> KVCache:
-    """Append to a layer that is not known when the function is traced."""
-    k, v, mask = inputs(case)
-    run = jax.jit(
-        functools.partial(cache.append, mask=mask, implementation=implementation),
-        compiler_options=caches.quick_to_compile(),
-    )
-    return run(c, jnp.int32(case.layer), k, v)
+    return appends.filled(case, keys, values)
 
 
 def compare(case: Case, before: KVCache, got: KVCache, want: KVCache) -> None:
@@ -111,44 +80,29 @@ def compare(case: Case, before: KVCache, got: KVCache, want: KVCache) -> None:
     Vectors of float32 are rotated as sums of two numbers of 8 bits, so coordinates are off by 2^-17 of the largest:
     where there are as many thresholds as at 8 bits, or such inputs, one code of a thousand may lie beside XLA's.
     """
-    for one, other in ((got.length, want.length), (got.exact_from, want.exact_from)):
-        assert np.array_equal(np.asarray(one), np.asarray(other))
-    for old, mine, right in zip(before.stacks, got.stacks, want.stacks, strict=True):
-        for name in ("keys", "values"):
-            held, ours, theirs = (getattr(stack, name) for stack in (old, mine, right))
-            for leaf in ("sinks", "window"):
-                assert np.array_equal(np.asarray(getattr(ours, leaf)), np.asarray(getattr(theirs, leaf)))
-            was, codes, wanted = (np.asarray(store.codes.codes) for store in (held, ours, theirs))
-            written = (was != wanted).any(axis=-1)
-            assert np.array_equal((was != codes).any(axis=-1), written), "not the same slots were written"
-            made = ours.quantizer
-            if isinstance(made, quantizers.Exact):
-                assert np.array_equal(codes, wanted)
-                continue
-            apart = np.abs(caches.indices(made, codes[written]) - caches.indices(made, wanted[written]))
-            assert apart.max(initial=0) <= 1, "codes are not even neighbours"
-            share = 1e-3 if made.bits == 8 or case.x == "float32" else 0
-            assert np.count_nonzero(apart) <= share * apart.size, "codes differ"
-            scales, right_scales = (np.asarray(x.codes.scales).astype(np.float64) for x in (ours, theirs))
-            assert np.array_equal(scales[~written], right_scales[~written])
-            same = ~apart.any(axis=-1)
-            error = np.abs(scales - right_scales)[written][same]
-            bound = max(float(jnp.finfo(made.scale_dtype).eps), 2**-17)
-            assert (error <= bound * right_scales[written][same]).all(), "scales differ"
+    for made, written, codes, right, scales, right_scales in appends.coded(before, got, want):
+        apart = np.abs(caches.indices(made, codes[written]) - caches.indices(made, right[written]))
+        assert apart.max(initial=0) <= 1, "codes are not even neighbours"
+        share = 1e-3 if made.bits == 8 or case.x == "float32" else 0
+        assert np.count_nonzero(apart) <= share * apart.size, "codes differ"
+        same = ~apart.any(axis=-1)
+        error = np.abs(scales - right_scales)[written][same]
+        bound = max(float(jnp.finfo(made.scale_dtype).eps), 2**-17)
+        assert (error <= bound * right_scales[written][same]).all(), "scales differ"
 
 
 @functools.cache
 def reference(case: Case) -> tuple[KVCache, KVCache]:
     before = filled(case)
-    return before, append(case, before, "xla")
+    return before, appends.append(case, before, "xla")
 
 
 @needs_compiler
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=caches.name_of)
 def test_codes_are_those_of_xla(case):
     before, want = reference(case)
     with emulate.installed(cores=case.cores):
-        compare(case, before, append(case, before, "cuda"), want)
+        compare(case, before, appends.append(case, before, "cuda"), want)
 
 
 # Text of the sources, what stands there instead, and a case that must notice.
@@ -181,7 +135,7 @@ def test_mistakes_in_the_source_are_seen(mistake):
     old, new, case = MUTANTS[mistake]
     before, want = reference(case)
     with emulate.installed(cores=case.cores, replace=(old, new)):
-        got = jax.block_until_ready(append(case, before, "cuda"))
+        got = jax.block_until_ready(appends.append(case, before, "cuda"))
     with pytest.raises(AssertionError):
         compare(case, before, got, want)
 

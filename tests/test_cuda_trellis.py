@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda import caches, emulate
+from cuda import appends, caches, emulate
 
-from jaxquant import cache, quantizers, trellis
+from jaxquant import cache, trellis
 from jaxquant._kernels import cuda_encode
 from jaxquant._stacks import KVCache
 from jaxquant.methods import trellis as method
@@ -58,10 +58,6 @@ CASES = [
 ]
 
 
-def name_of(case: Case) -> str:
-    return "-".join(str(x) for x, usual in zip(case, Case(), strict=True) if x != usual).replace("'", "") or "usual"
-
-
 def quantizer(bits: int, states: int, dim: int, rotation: str, dtype: Any, rule: Any, seed: int) -> trellis.Trellis:
     turn = caches.quantizer("4", dim, rotation, seed=seed).rotation
     code = trellis.code((((bits,), dim),), states=states)
@@ -74,80 +70,39 @@ def filled(case: Case) -> KVCache:
         quantizer(bits, states, case.dim, case.rotation, dtype, rule, seed)
         for seed, (bits, states, dtype, rule) in enumerate(settings)
     )
-    same = ("capacity", "sinks", "window", "exact_layers", "layer", "lengths")
-    return caches.filled(keys, values, **{name: getattr(case, name) for name in same})
+    return appends.filled(case, keys, values)
 
 
-def inputs(case: Case) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    rng = np.random.default_rng(2)
-    shape = (len(case.lengths), case.new, caches.KV_HEADS, case.dim)
-    x = rng.standard_normal((2, *shape)) * np.exp(rng.standard_normal((2, *shape[:3], 1)))
-    if case.wild:
-        x[:, 0, 0] = 0
-        x[:, 0, 1, 0, 3], x[:, 0, 1, 1, 5] = np.inf, np.nan
-        x[:, 1, 0, 0] *= 1e-30
-        x[:, 1, 0, 1] *= 1e25
-        x[:, 1, 1, 0, 7], x[:, 1, 1, 1, 4] = 1e38, -np.inf
-        x[:, 2, 0, 0], x[:, 2, 0, 1] = np.nan, 1e-42
-    with np.errstate(over="ignore"):
-        k, v = (jnp.asarray(part.astype(jnp.dtype(case.x))) for part in x)
-    return k, v, jnp.asarray(rng.random(shape[:2]) < 0.6) if case.masked else None
-
-
-def append(case: Case, c: KVCache, implementation: Any) -> KVCache:
-    """Append to a layer that is not known when the function is traced."""
-    k, v, mask = inputs(case)
-    run = jax.jit(
-        functools.partial(cache.append, mask=mask, implementation=implementation),
-        compiler_options=caches.quick_to_compile(),
-    )
-    return run(c, jnp.int32(case.layer), k, v)
-
-
-def compare(case: Case, before: KVCache, got: KVCache, want: KVCache) -> None:
+def compare(before: KVCache, got: KVCache, want: KVCache) -> None:
     """Compare all bytes, of the slots that were not written too.
 
     Coordinates are off by some 2^-21, and a vector may have two rings whose errors are that close: one vector of fifty
     may have another ring. Vectors of zeros have many that are as good.
     """
-    for one, other in ((got.length, want.length), (got.exact_from, want.exact_from)):
-        assert np.array_equal(np.asarray(one), np.asarray(other))
     different = vectors = 0
-    for old, mine, right in zip(before.stacks, got.stacks, want.stacks, strict=True):
-        for name in ("keys", "values"):
-            held, ours, theirs = (getattr(stack, name) for stack in (old, mine, right))
-            for leaf in ("sinks", "window"):
-                assert np.array_equal(np.asarray(getattr(ours, leaf)), np.asarray(getattr(theirs, leaf)))
-            was, codes, wanted = (np.asarray(store.codes.codes) for store in (held, ours, theirs))
-            written = (was != wanted).any(axis=-1)
-            assert np.array_equal((was != codes).any(axis=-1), written), "not the same slots were written"
-            if isinstance(ours.quantizer, quantizers.Exact):
-                assert np.array_equal(codes, wanted)
-                continue
-            apart = (codes != wanted).any(axis=-1)
-            scales, right_scales = (np.asarray(x.codes.scales).astype(np.float64) for x in (ours, theirs))
-            assert np.array_equal(scales[~written], right_scales[~written])
-            different += np.count_nonzero(apart & (right_scales > 0))
-            vectors += np.count_nonzero(written)
-            same = written & ~apart
-            error = np.abs(scales - right_scales)[same]
-            bound = max(float(jnp.finfo(ours.quantizer.scale_dtype).eps), 2**-18)
-            assert (error <= bound * right_scales[same]).all(), "scales differ"
+    for made, written, codes, right, scales, right_scales in appends.coded(before, got, want):
+        apart = (codes != right).any(axis=-1)
+        different += np.count_nonzero(apart & (right_scales > 0))
+        vectors += np.count_nonzero(written)
+        same = written & ~apart
+        error = np.abs(scales - right_scales)[same]
+        bound = max(float(jnp.finfo(made.scale_dtype).eps), 2**-18)
+        assert (error <= bound * right_scales[same]).all(), "scales differ"
     assert different <= vectors / 50, f"{different} of {vectors} rings differ"
 
 
 @functools.cache
 def reference(case: Case) -> tuple[KVCache, KVCache]:
     before = filled(case)
-    return before, append(case, before, "xla")
+    return before, appends.append(case, before, "xla")
 
 
 @needs_compiler
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=caches.name_of)
 def test_rings_are_those_of_xla(case):
     before, want = reference(case)
     with emulate.installed(cores=case.cores):
-        compare(case, before, append(case, before, "cuda"), want)
+        compare(before, appends.append(case, before, "cuda"), want)
 
 
 # Text of the sources, what stands there instead, and a case that must notice.
@@ -181,9 +136,9 @@ def test_mistakes_in_the_source_are_seen(mistake):
     old, new, case = MUTANTS[mistake]
     before, want = reference(case)
     with emulate.installed(cores=case.cores, replace=(old, new)):
-        got = jax.block_until_ready(append(case, before, "cuda"))
+        got = jax.block_until_ready(appends.append(case, before, "cuda"))
     with pytest.raises(AssertionError):
-        compare(case, before, got, want)
+        compare(before, got, want)
 
 
 @needs_compiler

@@ -22,6 +22,12 @@ BOOKS = {  # one of each kind that the kernels know
 }
 
 
+def name_of(case: Any) -> str:
+    """Name a case by what sets it apart from the usual one, a named tuple of its defaults."""
+    apart = "-".join(str(x) for x, usual in zip(case, type(case)(), strict=True) if x != usual)
+    return apart.replace("'", "") or "usual"
+
+
 @functools.cache
 def quick_to_compile() -> dict[str, bool]:
     """Give options that make the CPU compiler several times as fast, if it still has them."""
