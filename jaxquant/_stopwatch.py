@@ -55,6 +55,16 @@ def layers(nbytes: int) -> int:
     return max(1, min(_MOST_LAYERS, -(-_BEYOND_CACHES // nbytes))) if jax.default_backend() == "gpu" else 1
 
 
+def reason(problem: Exception) -> str:
+    r"""Say in a line why something was not timed.
+
+    Example:
+        >>> reason(ValueError("no room: 3 GiB\nand where it was"))
+        'ValueError: no room: 3 GiB'
+    """
+    return f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:200]
+
+
 @functools.partial(jax.jit, static_argnames="shape")
 def tiled(base: Array, shape: tuple[int, ...]) -> Array:
     """Fill a shape by repeating a vector."""

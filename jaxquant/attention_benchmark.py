@@ -215,7 +215,7 @@ def _attempt(
         taken = call()
         errors = {} if check is None else {"error": check()}
     except Exception as problem:  # a peer may lack its library, its GPU or the memory, each with an error of its own
-        return {"failed": f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:200]}
+        return {"failed": _stopwatch.reason(problem)}
     return {"ms": taken * 1e3, "bytes": nbytes, "share": nbytes / taken / bandwidth} | errors
 
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant import attention, cache, plan
+from jaxquant import _stopwatch, attention, cache, plan
 from jaxquant.calibrate import levels
 from jaxquant.methods import fp8, turboquant
 from jaxquant.mixed import Mixed, Widths
@@ -118,7 +118,7 @@ def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return make()
     except Exception as problem:  # what the runtime raises where memory runs out is what is asked for here
-        return {"failed": f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:160]}
+        return {"failed": _stopwatch.reason(problem)}
 
 
 def main() -> int:

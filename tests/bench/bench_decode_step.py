@@ -234,7 +234,7 @@ def main() -> int:
                     row |= measure(model, matrices, batch, arguments.steps, made, arguments.profile)
                     row["predicted_ms"] = predicted(model, matrices, batch, context, name, bandwidth)
                 except Exception as problem:  # one that does not fit or is not there must not end the others
-                    row["failed"] = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:160]
+                    row["failed"] = _stopwatch.reason(problem)
                     print(f"{name:<16}{row['failed']}", flush=True)
                     continue
                 base = row["tokens_per_second"] if name == "bf16" else base

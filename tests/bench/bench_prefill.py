@@ -87,7 +87,7 @@ def main() -> int:
                 raise TimeoutError(f"{arguments.seconds:.0f} seconds are over")
             row |= _exact(new, past) if bits is None else _compressed(new, past, bits, name)
         except Exception as problem:  # a variant may lack its kernel or the memory, each with an error of its own
-            row["failed"] = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:160]
+            row["failed"] = _stopwatch.reason(problem)
         rows.append(row)
         label = name if bits is None else f"{name} K{bits[0]}V{bits[1]}"
         print(f"{new:<9,}{past:<10,}{label:<14}", end="")

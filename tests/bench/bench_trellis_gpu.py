@@ -117,7 +117,7 @@ class Table:
             try:
                 row |= call()
             except Exception as problem:  # what fails must not take the others along
-                row["failed"] = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:300]
+                row["failed"] = _stopwatch.reason(problem)
         print(f"{what:<44}{row.get('failed') or show(row)}", flush=True)
         self.rows.append(row)
         return row

@@ -114,11 +114,6 @@ def difference(got: list[np.ndarray], want: list[np.ndarray]) -> float:
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(got, want, strict=True))
 
 
-def reason(problem: Exception) -> str:
-    """Give an error in one line."""
-    return f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:200]
-
-
 def compare(case: Case, mesh: Mesh, alone: Callable[[], Any]) -> dict[str, Any]:
     """Measure one case on all devices of the mesh, beside one device."""
     one, want = alone()
@@ -164,7 +159,7 @@ def whole_model(quick: bool) -> dict[str, Any]:
         found["bf16"] = "fits"
         del exact
     except Exception as problem:  # what the runtime says where it does not fit
-        found["bf16"] = reason(problem)
+        found["bf16"] = _stopwatch.reason(problem)
     codes, _ = measured(case._replace(layers=layers), None)
     seconds = codes["ms"] / 1e3 * layers
     return found | {
@@ -199,7 +194,7 @@ def main() -> int:
             try:
                 found = part()
             except Exception as problem:  # one that fails must not end the others
-                found = {"failed": reason(problem)}
+                found = {"failed": _stopwatch.reason(problem)}
         bad |= "failed" in found
         if "failed" in found:
             print(f"{name:<46}{found['failed']}", flush=True)
