@@ -23,6 +23,11 @@ _QUERY_CHUNK = 256  # tokens of a prefill chunk that are scored at a time
 def decode(
     cache: KVCache, layer: Index, stack: int | None, q: Array, rule: xla.Rule, chosen: tuple[str, ...]
 ) -> tuple[Array, Array]:
+    """Attend from queries [batch, heads, dim]; give outputs likewise, and log-sum-exps [batch, heads].
+
+    `stack` is the one that has the layer, None where that is known at run time only; `chosen` names an implementation
+    for every stack.
+    """
     length, exact_from = cache.length[layer], cache.exact_from[layer]
     position = length[:, None] - 1
 
@@ -67,6 +72,12 @@ def prefill(
     chosen: tuple[str, ...],
     span: int | None,
 ) -> tuple[Array, Array]:
+    """Attend from a chunk, queries [batch, new, heads, dim], keys and values [batch, new, kv_heads, dim].
+
+    `before` and `after` are the cache without and with the chunk; `exact` reads its own tokens as they are given, and
+    `span` is the sliding window where it is known before tracing. Outputs are [batch, new, heads, dim], log-sum-exps
+    [batch, new, heads]; the rest is as in `decode`.
+    """
     new = q.shape[1]
     start, exact_from = before.length[layer], before.exact_from[layer]
     order = None

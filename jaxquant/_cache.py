@@ -22,6 +22,11 @@ def append(
     mask: Array | None,
     fused: tuple[tuple[bool, bool], ...],
 ) -> KVCache:
+    """Append keys and values [batch, new, kv_heads, dim], a mask [batch, new] leaving padding out.
+
+    `stack` is the one that has the layer, None where that is known at run time only; `fused` says for the keys and the
+    values of every stack whether the kernel codes them.
+    """
     start = cache.length[layer]
     valid = jnp.ones(k.shape[:2], bool) if mask is None else mask
     count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
@@ -51,6 +56,7 @@ def append(
 
 @functools.partial(jax.jit, static_argnames="stack")
 def materialize(cache: KVCache, layer: Index, stack: int | None) -> tuple[Array, Array]:
+    """Decode keys and values [batch, capacity, kv_heads, dim] of a layer; `stack` as in `append`."""
     length, exact_from = cache.length[layer], cache.exact_from[layer]
     rows = jnp.arange(cache.batch, dtype=jnp.int32)[:, None]
     held = jnp.arange(cache.capacity, dtype=jnp.int32) < length[:, None]

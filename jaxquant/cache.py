@@ -168,8 +168,10 @@ def materialize(
 ) -> tuple[Float[Array, "batch capacity kv_heads dim"], Float[Array, "batch capacity kv_heads dim"]]:
     """Decode one layer: the keys and values that attention reads for the next token, in float32.
 
-    Positions from `length` on are zero. This is for inspection and tests: attention itself never does it. A cache whose
-    tokens are dealt out to devices is refused: `sharding.joined` gives one that is not.
+    Positions from `length` on are zero. This is for inspection and tests: attention itself never does it.
+
+    Raises:
+        ValueError: the tokens of the cache are dealt out to devices; `sharding.joined` gives one whose are not.
 
     Example:
         >>> from jaxquant.quantizers import Exact
@@ -192,6 +194,9 @@ def crop(cache: KVCache, length: int | Integer[Array, "*batch"]) -> KVCache:
     Args:
         cache: to shorten.
         length: tokens to keep, one number or one a row; rows that are shorter stay as they are.
+
+    Raises:
+        ValueError: there is neither one length nor one a row.
 
     Example:
         >>> from jaxquant.quantizers import Exact
@@ -237,6 +242,9 @@ def reorder(cache: KVCache, rows: Integer[Array, " rows"]) -> KVCache:
 
 def fork(cache: KVCache, *, copies: int) -> KVCache:
     """Repeat every row: continue one prefix in several ways.
+
+    Raises:
+        ValueError: `copies` is less than 1.
 
     Example:
         >>> from jaxquant.quantizers import Exact

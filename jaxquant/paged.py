@@ -272,7 +272,11 @@ def gathered(rows: Array, pages: Pages, table: Array, position: Array, rule: xla
 
 
 def check_table(table: Array, length: Array) -> None:
-    """Refuse a table and lengths that do not fit each other."""
+    """Refuse a table and lengths that do not fit each other.
+
+    Raises:
+        ValueError: they have different rows, or the table has no pages.
+    """
     if length.shape != table.shape[:1]:
         raise ValueError(f"length must have one entry a row of table, {table.shape[0]}, got {list(length.shape)}")
     if not table.shape[1]:

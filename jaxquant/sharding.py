@@ -62,6 +62,13 @@ def init(
 
     Raises:
         ValueError: a size is not a multiple of the devices it is shared by, or `cache.init` refuses it.
+
+    Example:
+        >>> from jaxquant.methods import turboquant
+        >>> k, v = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=2)
+        >>> layout = Layout(jax.make_mesh((1,), ("x",)), tokens="x", page=32)
+        >>> init(layout, k, v, layers=1, batch=1, kv_heads=2, capacity=100).capacity
+        128
     """
     check(layout, batch=batch, kv_heads=kv_heads)
     if layout.tokens is not None and exact_layers and sinks:
@@ -216,7 +223,15 @@ def dealt(layout: Layout, cache: KVCache) -> KVCache:
 
 
 def joined(cache: KVCache) -> KVCache:
-    """Put the tokens of a row back in order: the same cache, not dealt out; for files, and to read it as a whole."""
+    """Put the tokens of a row back in order: the same cache, not dealt out; for files, and to read it as a whole.
+
+    Example:
+        >>> from jaxquant.quantizers import Exact
+        >>> layout = Layout(jax.make_mesh((1,), ("x",)), tokens="x", page=32)
+        >>> c = init(layout, Exact(dim=64), Exact(dim=64), layers=1, batch=1, kv_heads=2, capacity=100)
+        >>> caches.materialize(joined(c), 0)[0].shape
+        (1, 128, 2, 64)
+    """
     if cache.spread is None:
         return cache
     order = cache.spread.order()
