@@ -118,7 +118,7 @@ MUTANTS = {
     "third bits of half the lanes": ("third[i] <<= t / 2;", "", MANY),
     "limit of float16": ("if (SCALES) scale = fminf", "if (false) scale = fminf", WILD),
     "wild vectors": ("if (attempt) grown[v] = tame(y[v]);", "", WILD),
-    "NaN": ("y[i] != y[i] ? 0.0f :", "", WILD),
+    "NaN": ("x != x ? 0.0f :", "", WILD),
     "padding": ("one < vectors && at >= 0 &&", "one < vectors &&", USUAL),
     "heads of a token": ("(long long)token * kv_heads + head;", "(long long)token * kv_heads;", USUAL),
     "tokens, then heads": ("row * count + (count >= 16 ? quick : slow)", "row * count + slow", MANY),

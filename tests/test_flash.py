@@ -25,11 +25,7 @@ def small(monkeypatch):
 
 
 CASES = {
-    "plain": {},
-    "sinks": {"sinks": 3},
-    "window": {"window": 8},
-    "both": {"sinks": 3, "window": 8},
-    "sliding": {"sliding_window": 5},
+    **{name: test_attention.CASES[name] for name in ("plain", "sinks", "window", "both", "sliding")},
     "sliding after sinks": {"sinks": 3, "sliding_window": 7},
     "scale": {"scale": 0.7},
     "sliding beyond the cache": {"sliding_window": 10 * CAPACITY},
@@ -62,11 +58,7 @@ def test_codes_equal_oracle(small, case):
 
 @pytest.mark.parametrize("name", ["plain", "both", "sliding", "sliding over window", "sliding by one"])
 def test_exact_chunks_equal_oracle(small, name):
-    others = {
-        "sliding over window": {"sinks": 2, "window": 8, "sliding_window": 11},
-        "sliding by one": {"window": 4, "sliding_window": 1},
-    }
-    case = others.get(name) or CASES[name]
+    case = {**test_attention.CASES, "sliding by one": {"window": 4, "sliding_window": 1}}[name]
     (q, k, v), (out, lse) = run(case, chunk="exact")
     for row in range(2):
         given = {"keys": KEYS, "values": VALUES, **case}

@@ -10,7 +10,6 @@
 typedef Layout<D, BITS> L;
 constexpr int WARPS = 4, THREADS = 32 * WARPS, LEVELS = 1 << BITS;
 constexpr int RUN = D / 16, HELD = D / 4, PLANES = L::PER_WORD / 4, SPAN = HELD / PLANES;  // SPAN: field bytes of a lane
-constexpr float HUGE_FLOAT = 3.4028235e38f, EPSILON = 1.1920929e-7f;
 
 DEVICE int coordinate(int t, int i) { return i / RUN * (D / 4) + t * RUN + i % RUN; }
 
@@ -86,22 +85,20 @@ DEVICE void read_share(float (&y)[HELD], const void* x, long long vector, int t,
     }
 }
 
-// NaN becomes 0 and infinities the largest number; a power of two brings the largest magnitude to [1, 2). Its inverse.
+// Bring a vector's numbers into range; give the power of two that undoes it.
 DEVICE float tame(float (&y)[HELD]) {
     float peak = 0.0f;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
-        y[i] = y[i] != y[i] ? 0.0f : fminf(fmaxf(y[i], -HUGE_FLOAT), HUGE_FLOAT);
+        y[i] = finite(y[i]);
         peak = fmaxf(peak, fabsf(y[i]));
     }
     peak = fmaxf(peak, shuffle_xor(peak, 1));
     peak = fmaxf(peak, shuffle_xor(peak, 2));
-    int exponent = (int)(float_to_bits(peak) >> 23) - 127;
-    exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
-    const float down = bits_to_float((u32)(127 - exponent) << 23);
+    const Range range = range_of(peak);
 #pragma unroll
-    for (int i = 0; i < HELD; i++) y[i] *= down;
-    return bits_to_float((u32)(127 + exponent) << 23);
+    for (int i = 0; i < HELD; i++) y[i] *= range.down;
+    return range.up;
 }
 
 DEVICE float sum_of_four(float x) {
@@ -173,11 +170,8 @@ DEVICE void write(const float (&y)[HELD], float unit, float size, const Cells& c
         field[byte / 4] += (BITS == 3 ? code & 3 : code) << (8 * (byte % 4) + L::FIELD * plane);
         if (BITS == 3) third[byte / 4] += (code >> 2) << (8 * (byte % 4) + 2 * plane);
     }
-    float scale = size;
-    if (RULE == 1) scale *= sqrtf((float)D / fmaxf(sum_of_four(energy), EPSILON));
-    if (RULE == 2) scale *= (float)D / fmaxf(sum_of_four(along) * unit, EPSILON);
-    if (RULE == 3) scale *= sum_of_four(along) * unit / fmaxf(sum_of_four(energy), EPSILON);
-    if (SCALES) scale = fminf(scale, SCALES == 2 ? 65504.0f : 3.3895314e38f);
+    if (RULE > 1) along = sum_of_four(along) * unit;
+    if (RULE % 2) energy = sum_of_four(energy);
 
     // Bytes run with a coordinate's low bits; at 4 bits a lane's are two runs of D / 16, otherwise one.
     u8* to = codes + place * L::ROW;
@@ -193,7 +187,7 @@ DEVICE void write(const float (&y)[HELD], float unit, float size, const Cells& c
             if (wanted && t < 2) *(u32*)(to + L::STRIDE + t * RUN + 4 * i) = third[i];
         }
     }
-    if (wanted && t == 0) store(scales, place, scale, SCALES);
+    if (wanted && t == 0) store(scales, place, stored_scale(size, along, energy), SCALES);
 }
 
 KERNEL(THREADS, BLOCKS) encode(const void* __restrict__ x, const int* __restrict__ index, const int* __restrict__ slot,
@@ -291,9 +285,7 @@ KERNEL(THREADS, BLOCKS) encode(const void* __restrict__ x, const int* __restrict
 #pragma unroll
         for (int v = 0; v < 2; v++) {
             const float unit = square[v] > 0.0f ? rsqrt_(square[v] / D) : 1.0f;
-            float size = sqrtf(square[v]) * rounds;
-            size = grown[v] > 1.0f ? fminf(size * (grown[v] * 5.421010862427522e-20f), 4611686018427387904.0f) *
-                                         18446744073709551616.0f : size * grown[v];
+            const float size = length_of(sqrtf(square[v]) * rounds, grown[v]);
             write(y[v], unit, size, cells, table, thresholds, level_of, codes, scales, place[v], wanted[v], t);
         }
     }

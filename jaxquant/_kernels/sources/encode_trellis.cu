@@ -14,7 +14,7 @@ constexpr int LANES = BUTTERFLIES < 32 ? BUTTERFLIES : 32, VECTORS = 32 / LANES,
 constexpr int STEPS = 32 / BITS, UNROLLED = BITS < 3 ? 4 : 1;  // steps of a word of symbols, and of a loop
 constexpr int PITCH = STATES + (LANES < 4 ? 4 : LANES < 32 ? LANES : 0), Y_PITCH = D + 1;          // against bank conflicts
 constexpr int PER_LANE = D / 32, THREADS = 32 * WARPS, ROW = D * BITS / 8;
-constexpr float HUGE_FLOAT = 3.4028235e38f, EPSILON = 1.1920929e-7f, BARRED = 1e30f;
+constexpr float BARRED = 1e30f;
 
 // Shared memory of a warp. `kept` has a word for every vector, state and STEPS steps, the last step in its upper bits.
 constexpr int KEPT = (D + STEPS - 1) / STEPS * VECTORS * STATES * 4, METRICS = 2 * VECTORS * PITCH * 4;
@@ -135,23 +135,19 @@ DEVICE u32 cheapest(const float* metric, int lane) {
     return state;
 }
 
-// Read a vector and rotate it: coordinates of unit variance, and its length. NaN becomes 0 and infinities the largest
-// number; a power of two keeps squares in range.
+// Read a vector and rotate it: coordinates of unit variance, and its length.
 DEVICE float read_and_rotate(float (&y)[PER_LANE], const void* x, long long vector, const signed char* signs, int lane) {
     float peak = 0.0f, square = 0.0f;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-        const float given = read(x, vector * D + lane * PER_LANE + i, INPUT);
-        y[i] = given != given ? 0.0f : fminf(fmaxf(given, -HUGE_FLOAT), HUGE_FLOAT);
+        y[i] = finite(read(x, vector * D + lane * PER_LANE + i, INPUT));
         peak = fmaxf(peak, fabsf(y[i]));
     }
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) peak = fmaxf(peak, shuffle_xor(peak, mask));
-    int exponent = (int)(float_to_bits(peak) >> 23) - 127;
-    exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
-    const float down = bits_to_float((u32)(127 - exponent) << 23), up = bits_to_float((u32)(127 + exponent) << 23);
+    const Range range = range_of(peak);
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) y[i] *= down;
+    for (int i = 0; i < PER_LANE; i++) y[i] *= range.down;
     rotate<ROUNDS>(y, signs, lane);
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) square += y[i] * y[i];
@@ -159,9 +155,7 @@ DEVICE float read_and_rotate(float (&y)[PER_LANE], const void* x, long long vect
     const float unit = square > 0.0f ? rsqrt_(square / D) : 1.0f;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) y[i] *= unit;
-    const float size = sqrtf(square);
-    return up > 1.0f ? fminf(size * (up * 5.421010862427522e-20f), 4611686018427387904.0f) * 18446744073709551616.0f
-                     : size * up;
+    return length_of(sqrtf(square), range.up);
 }
 
 // Write the codes and the scale of a vector whose windows are known.
@@ -177,12 +171,9 @@ DEVICE void write(const Space& space, int vector, float size, const float* table
             energy += level * level;
         }
     }
-    float scale = size;
-    if (RULE == 1) scale *= sqrtf((float)D / fmaxf(sum_of_warp(energy), EPSILON));
-    if (RULE == 2) scale *= (float)D / fmaxf(sum_of_warp(along), EPSILON);
-    if (RULE == 3) scale *= sum_of_warp(along) / fmaxf(sum_of_warp(energy), EPSILON);
-    if (SCALES) scale = fminf(scale, SCALES == 2 ? 65504.0f : 3.3895314e38f);
-    if (lane == 0) store(scales, place, scale, SCALES);
+    if (RULE > 1) along = sum_of_warp(along);
+    if (RULE % 2) energy = sum_of_warp(energy);
+    if (lane == 0) store(scales, place, stored_scale(size, along, energy), SCALES);
     if (lane >= D / 8) return;
     u32 eight[4], octets = 0;
     load_words<4, 16>((const u8*)(windows + 8 * lane), eight);
