@@ -5,6 +5,7 @@ times measured shares: everything that a step reads, weights and cache, at the b
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -41,6 +42,8 @@ class Machine:
         for name in ("devices", "memory", "bandwidth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if math.isinf(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if not 0 <= self.reserve < 1:
             raise ValueError(f"reserve must be from 0 to below 1, got {self.reserve}")
 

@@ -76,6 +76,7 @@ def test_command_shows_every_cache():
     ("call", "message"),
     [
         (lambda: plan.Machine(devices=0, memory=1, bandwidth=1), "devices must be positive, got 0"),
+        (lambda: plan.Machine(devices=1, memory=float("inf"), bandwidth=1), "memory must be finite, got inf"),
         (lambda: plan.Machine(devices=1, memory=1, bandwidth=1, reserve=1.0), "reserve must be from 0 to below 1"),
         (lambda: plan.plan(int, 0, plan.Machine(1, 1, 1), context=0, batch=1, share=1), "context must be at least 1"),
         (lambda: plan.plan(int, 0, plan.Machine(1, 1, 1), context=1, batch=1, share=1.5), "^share must be above 0"),

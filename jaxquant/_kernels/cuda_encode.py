@@ -113,5 +113,5 @@ def kernel(
         "RULE": cuda_formats.RULES[rule],
     }
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
-    text = nvrtc.source("words.cuh", "codes.cuh", numbers, f"constexpr Book BOOK = {book};", "encode.cu")
+    text = nvrtc.source("words.cuh", "codes.cuh", numbers, f"constexpr Book BOOK = {book};", "lengths.cuh", "encode.cu")
     return nvrtc.Kernel("encode", text, threads=32 * _WARPS, capability=capability or nvrtc.capability() or (9, 0))

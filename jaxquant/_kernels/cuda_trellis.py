@@ -65,7 +65,7 @@ def kernel(
     numbers = "\n".join(f"constexpr int {name} = {value};" for name, value in constants.items())
     return nvrtc.Kernel(
         "encode_trellis",
-        nvrtc.source("words.cuh", numbers, "encode_trellis.cu"),
+        nvrtc.source("words.cuh", numbers, "lengths.cuh", "encode_trellis.cu"),
         threads=32 * WARPS,
         shared=WARPS * each.space,
         capability=capability or nvrtc.capability() or (9, 0),

@@ -12,9 +12,10 @@ DEVICE u32 two_levels(const float* levels, int window, int last, int bits) {
     return pack_halves(levels[window & last], levels[window >> bits & last]);
 }
 
-// Fill the table, a warp 32 rows at a time; the offsets into its rows from which a lane reads keys and values.
+// Fill the table, and give the offsets into its rows at which a lane reads keys and values.
 template <int KEY_BITS, int VALUE_BITS>
-DEVICE void prepare_windows(u8* table, const float* key_levels, const float* value_levels, int threads, int& keys, int& values) {
+DEVICE void prepare_windows(u8* table, const float* key_levels, const float* value_levels, int threads, int& keys,
+                            int& values) {
     constexpr int KEY_LEVELS = KEY_WINDOW ? 1 << (KEY_WINDOW - KEY_BITS) : 1;
     constexpr int VALUE_LEVELS = VALUE_WINDOW ? 1 << (VALUE_WINDOW - VALUE_BITS) : 1;
     const int lane = thread() % 32;
@@ -23,11 +24,12 @@ DEVICE void prepare_windows(u8* table, const float* key_levels, const float* val
         for (int i = lane; i < KEY_LEVELS; i += 32) apart |= key_levels[i] != value_levels[i];
         apart = any_lane(apart);
     }
+    constexpr int ROWS = WINDOW < 5 ? 1 << WINDOW : 32;  // a warp's
     for (int first = thread() - lane; first < 1 << WINDOW; first += threads) {
         const u32 key = KEY_WINDOW ? two_levels(key_levels, first + lane, KEY_LEVELS - 1, KEY_BITS) : 0;
         const u32 value = VALUE_WINDOW ? two_levels(value_levels, first + lane, VALUE_LEVELS - 1, VALUE_BITS) : 0;
 #pragma unroll 8
-        for (int row = 0; row < 32; row++) {
+        for (int row = 0; row < ROWS; row++) {
             const u32 of_key = shuffle(key, row), of_value = shuffle(value, row);
             const bool which = KEY_WINDOW && (!apart || lane < 16);
             *(u32*)(table + 128 * (first + row) + 4 * lane) = which ? of_key : of_value;
@@ -55,7 +57,9 @@ struct Lookup<BITS, TRELLIS, KEYS> {
 template <class Books>
 DEVICE void give_table(Books&, const u8*, int) {}
 template <int BITS, bool KEYS>
-DEVICE void give_table(Lookup<BITS, TRELLIS, KEYS>& book, const u8* table, int place) { book.table = table, book.place = place; }
+DEVICE void give_table(Lookup<BITS, TRELLIS, KEYS>& book, const u8* table, int place) {
+    book.table = table, book.place = place;
+}
 
 // One lane's share of a ring, and the word behind it.
 template <class L, int LANES>
