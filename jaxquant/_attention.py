@@ -17,6 +17,7 @@ from jaxquant._kernels import cuda, flash, pallas, xla
 from jaxquant._stacks import Index, KVCache, Stack, switch
 
 _QUERY_CHUNK = 256  # tokens of a prefill chunk that are scored at a time
+_FAR = 2**30  # a sliding window beyond every row
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "chosen"))
@@ -165,10 +166,13 @@ def rule_of(dim: int, scale: Any, soft_cap: Any, sliding_window: Any, visible: A
         raise ValueError(f"soft_cap must be positive, got {soft_cap}")
     if isinstance(sliding_window, int | np.integer) and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
+    if sliding_window is not None:  # so that distances from it do not overflow
+        smaller = min if isinstance(sliding_window, int | np.integer) else jnp.minimum
+        sliding_window = jnp.asarray(smaller(sliding_window, _FAR), jnp.int32)
     return xla.Rule(
         scale=jnp.asarray(dim**-0.5 if scale is None else scale, jnp.float32),
         soft_cap=None if soft_cap is None else jnp.asarray(soft_cap, jnp.float32),
-        sliding_window=None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32),
+        sliding_window=sliding_window,
         visible=visible,
     )
 

@@ -104,9 +104,9 @@ def prefill_attention(
         chunk: how the chunk's own tokens are read: "codes" as decoding will read them, whatever the chunks were;
             "exact" as they are given, with the whole exact window before them, which is closer to attention without a
             cache, and depends on how the input was cut.
-        implementation: "xla" runs everywhere, in float32, and is the reference; "flash" decodes blocks of tokens to
-            float16 for cuDNN's kernel, or for JAX's own attention where there is none; None takes "flash" for queries
-            of 16 bits on an NVIDIA GPU where it can read this cache, and "xla" elsewhere.
+        implementation: "xla", which None takes, runs everywhere, in float32, and is the reference; "flash" decodes
+            blocks of tokens to float16 for cuDNN's kernel, or for JAX's own attention where there is none. It is an
+            experiment: on a GPU it was wrong after a long past (docs/kernels.md).
 
     Returns:
         The output in q's dtype, the natural log-sum-exp of the scores in float32, and the cache after the append.
@@ -136,7 +136,7 @@ def prefill_attention(
     if chunk not in ("codes", "exact"):
         raise ValueError(f"chunk must be 'codes' or 'exact', got {chunk!r}")
     exact = chunk == "exact"
-    chosen = _choose_prefill(implementation, cache, q, rule, span, exact=exact)
+    chosen = _choose_prefill(implementation, cache, q.shape[1], rule, span, exact=exact)
     span = span if "flash" in chosen else None  # numbers that only rules need do not retrace
     out, lse = _attention.prefill(cache, after, *resolve(cache, layer), q, k, v, mask, rule, exact, chosen, span)
     return out, lse, after
@@ -248,7 +248,7 @@ def _choose(implementation: Implementation | None, cache: KVCache, heads: int, r
 def _choose_prefill(
     implementation: PrefillImplementation | None,
     cache: KVCache,
-    q: Array,
+    new: int,
     rule: xla.Rule,
     span: int | None,
     *,
@@ -257,11 +257,10 @@ def _choose_prefill(
     """Give the implementation for each stack."""
     if implementation not in (None, *PrefillImplementation.__args__):
         raise ValueError(f"implementation must be None, 'xla' or 'flash', got {implementation!r}")
-    narrow = q.dtype in (jnp.bfloat16, jnp.float16)
-    if implementation == "xla" or (implementation is None and not (narrow and flash.missing() is None)):
+    if implementation != "flash":
         return ("xla",) * len(cache.stacks)
     limits = {"exact": exact, "spread": cache.spread}
-    obstacles = [flash.unsupported(stack, q.shape[1], rule, span, **limits) for stack in cache.stacks]
-    if implementation is not None and all(obstacles):
-        raise ValueError(f"implementation {implementation!r} cannot read this cache: {obstacles[0]}")
+    obstacles = [flash.unsupported(stack, new, rule, span, **limits) for stack in cache.stacks]
+    if all(obstacles):
+        raise ValueError(f"implementation 'flash' cannot read this cache: {obstacles[0]}")
     return tuple("xla" if obstacle else "flash" for obstacle in obstacles)

@@ -50,7 +50,7 @@ def calibrate(
     ] = "scalar",
     states: Annotated[int, typer.Option(help="Of the trellis, a power of 2 from 4 to 1024.")] = 256,
     steps: Annotated[int, typer.Option(min=0, help="Of gradient descent on what codes of keys decode to.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of pass keys, labels and searches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of pass keys, labels and searches.")] = 0,
     keep: Annotated[
         Path | None,
         typer.Option(help="File for what is measured: a run that was interrupted, or has another budget, uses it."),

@@ -50,7 +50,7 @@ BitsK = Annotated[int | None, typer.Option("--bits-k", help="Bits per coordinate
 BitsV = Annotated[int | None, typer.Option("--bits-v", help="Bits per coordinate of values; 4.")]
 Sinks = Annotated[int | None, typer.Option(min=0, help="First tokens of a row that stay exact; 4, and 0 for eval.")]
 Window = Annotated[int | None, typer.Option(min=0, help="Newest tokens of a row that stay exact; 32, and 0 for eval.")]
-Seed = Annotated[int, typer.Option(help="Of the rotations (and of sampling).")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the rotations (and of sampling).")]
 
 _LINES = (  # labels, keys and formats of the numbers in a report, in reading order
     ("cache of the prompt, bytes held", "cache_bytes", ",.0f"),

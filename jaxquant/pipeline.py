@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from jaxquant import _pipeline, attention, cache
+from jaxquant import _attention, _pipeline, attention, cache
 from jaxquant._pipeline import Number, Pipeline, State
 from jaxquant._pytree import pytree, static
 from jaxquant.cache import KVCache
@@ -117,11 +117,7 @@ class PipelineCache:
             )
         if isinstance(layer, int | np.integer) and not -self.layers <= layer < self.layers:
             raise ValueError(f"layer must be from {-self.layers} to {self.layers - 1}, got {layer}")
-        rule = _pipeline.Rule(
-            scale=jnp.asarray(self.dim**-0.5 if scale is None else scale, jnp.float32),
-            soft_cap=None if soft_cap is None else jnp.asarray(soft_cap, jnp.float32),
-            sliding_window=None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32),
-        )
+        rule = _pipeline.Rule(*_attention.rule_of(self.dim, scale, soft_cap, sliding_window)[:3])
 
         def coded(held: PipelineCache, index: Index) -> tuple[Array, Array, PipelineCache]:
             out, lse, state = _pipeline.attend(

@@ -1,10 +1,11 @@
 """What fits: bytes, longest context and time of a decode step for a model, before anything is allocated.
 
 Bytes are those of the buffers that `cache.init` would make, to the last one. The time of a step is a bound from below
-times a measured share: everything that a step reads, weights and cache, at the bandwidth of the memory.
+times measured shares: everything that a step reads, weights and cache, at the bandwidth of the memory.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -41,6 +42,8 @@ class Machine:
         for name in ("devices", "memory", "bandwidth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if math.isinf(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if not 0 <= self.reserve < 1:
             raise ValueError(f"reserve must be from 0 to below 1, got {self.reserve}")
 
@@ -116,6 +119,7 @@ def plan(
     context: int,
     batch: int,
     share: int | float,
+    model_share: int | float = 1.0,
     fixed: float = 0.0,
 ) -> Plan:
     """Plan one kind of cache.
@@ -127,6 +131,7 @@ def plan(
         context: tokens of a row.
         batch: rows.
         share: of the bandwidth that attention over this cache reaches.
+        model_share: of the bandwidth that products with the weights reach.
         fixed: seconds of a step that nothing is read in: launches, and appending a token.
 
     Raises:
@@ -140,8 +145,9 @@ def plan(
     for name, size in {"context": context, "batch": batch}.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1, got {share}")
+    for name, part in {"share": share, "model_share": model_share}.items():
+        if not 0 < part <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, got {part}")
     room = machine.devices * machine.memory * (1 - machine.reserve) - model
     total = held(context)
     return Plan(
@@ -150,7 +156,7 @@ def plan(
         bytes_per_token=(held(context + 64) - total) / 64 / batch,
         fits=total <= room,
         longest=_most(held, room),
-        seconds=(model + total / share) / (machine.devices * machine.bandwidth) + fixed,
+        seconds=(model / model_share + total / share) / (machine.devices * machine.bandwidth) + fixed,
     )
 
 

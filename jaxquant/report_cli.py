@@ -59,7 +59,7 @@ def report(
     planned_rows: Annotated[int, typer.Option("--plan-batch", min=1, help="Rows to predict.")] = 1,
     chunk: Annotated[int, typer.Option(min=2, help="Tokens of a prefill step.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of rotations, pass keys and their places.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of rotations, pass keys and their places.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Measure many settings of one model's cache and write a page: what each saves, what it costs, which to take.

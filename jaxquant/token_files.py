@@ -1,5 +1,6 @@
 """Token ids from files: arrays of ids, or text."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,22 @@ def read(model: models.Model, source: str | None) -> Int[np.ndarray, "*rows toke
     path, _, name = source.rpartition(":") if ".npz:" in source else (source, "", "")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if path.endswith(".npz"):
-        with np.load(path, allow_pickle=False) as members:
-            if name not in members:
-                raise ValueError(f"{path} has the members {', '.join(members)}; name one as {path}:NAME")
-            ids = members[name]
-    elif path.endswith(".npy"):
-        ids = np.load(path, allow_pickle=False)
-    else:
-        ids = np.array(model.tokenizer.encode(text(Path(path)), special=False))
-    if not np.issubdtype(ids.dtype, np.integer) or not ids.size or ids.min() < 0:
+    try:
+        if path.endswith(".npz"):
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as members:
+                ids = members[name] if name in members else list(members)
+        elif path.endswith(".npy"):
+            ids = np.load(path, allow_pickle=False)
+        else:
+            ids = np.array(model.tokenizer.encode(text(Path(path)), special=False))
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if isinstance(ids, list):
+        raise ValueError(f"{path} has the members {', '.join(ids)}; name one as {path}:NAME")
+    if not np.issubdtype(ids.dtype, np.integer) or not ids.size:
         raise ValueError(f"{source} must hold token ids, got {ids.dtype} of shape {list(ids.shape)}")
+    if ids.min() < 0:
+        raise ValueError(f"{source} must hold token ids, which are not negative, got {ids.min()} to {ids.max()}")
     if ids.max() >= model.architecture.vocabulary:
         raise ValueError(f"token id {ids.max()} is outside the model's vocabulary of {model.architecture.vocabulary}")
     return ids.astype(np.int64)

@@ -369,6 +369,21 @@ def test_bfloat16_queries_give_bfloat16_outputs_that_merge():
     np.testing.assert_allclose(merged.astype(jnp.float32), out.astype(jnp.float32), rtol=2**-7)
 
 
+@pytest.mark.parametrize("window", [2**31 - 1, jnp.int32(2**31 - 1), 2**40])
+def test_a_sliding_window_beyond_every_row_hides_nothing(window):
+    """Models whose layers differ pass the largest integer to those that see everything."""
+    q, k, v = tokens(3, new=12)
+    c = cache.append(empty(sinks=4), 0, k, v, mask=jnp.arange(12) < jnp.array([[12], [2]]))
+    given = (q, k, v, c, 0)
+    near = attention.decode_attention(q[:, 0], c, 0, sliding_window=5)[1]
+    for attend in (lambda **rule: attention.decode_attention(q[:, 0], c, 0, **rule)[:2],
+                   lambda **rule: attention.prefill_attention(*given, **rule)[:2]):  # fmt: skip
+        got, want = attend(sliding_window=window), attend()
+        np.testing.assert_array_equal(got[0], want[0])
+        np.testing.assert_array_equal(got[1], want[1])
+    assert np.abs(near[0] - attention.decode_attention(q[:, 0], c, 0)[1][0]).max() > 1e-3
+
+
 def test_crop_takes_one_number_or_one_a_row():
     with pytest.raises(ValueError, match=r"length must be one number or 2, one a row, got shape \[3\]"):
         cache.crop(empty(), jnp.array([1, 2, 3]))

@@ -155,6 +155,33 @@ def test_errors_name_the_argument(run, arguments, message):
         run(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cut.npy", np.lib.format.magic(1, 0) + b"\x76\x00{", "cut.npy cannot be read: EOF"),
+        ("no.npz", b"PK\3\4nothing", "no.npz cannot be read: File is not a zip file"),
+        ("long.npy", np.array([1, 2**63], np.uint64), "must hold token ids, .* got 1 to 9223372036854775808"),
+        ("negative.npy", np.array([3, -1]), "must hold token ids, .* got -1 to 3"),
+        ("objects.npy", np.array([{}], object), "objects.npy cannot be read: Object arrays"),
+    ],
+)
+def test_a_file_of_tokens_that_cannot_be_read_is_named(run, tmp_path, name, content, message):
+    file = tmp_path / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        np.save(file, content)
+    with pytest.raises(ValueError, match=message):
+        run("eval", "--tokens", str(file))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_fits_every_generator(run, seed):
+    refused = run("eval", f"--seed={seed}")
+    assert refused.exit_code == 2
+    assert "--seed" in refused.stderr
+
+
 def test_exit_status_and_streams():
     def call(*arguments):
         return subprocess.run(

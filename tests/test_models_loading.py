@@ -47,6 +47,8 @@ MISTAKES: list[tuple[Callable[[Path], object], type[Exception], str]] = [
         ValueError,
         "num_attention_heads=4 is not a multiple of",
     ),
+    (lambda f: rewrite_config(f, num_key_value_heads=0), ValueError, "num_key_value_heads must be .* from 1, got 0"),
+    (lambda f: rewrite_config(f, hidden_size="64"), ValueError, "hidden_size must be an integer from 1, got '64'"),
     (lambda f: rewrite_config(f, head_dim=15), ValueError, "head_dim=15 is odd"),
     (lambda f: rewrite_config(f, hidden_act="relu"), ValueError, "activation 'relu' is not supported"),
     (lambda f: rewrite_config(f, rope_scaling={"type": "yarn"}), ValueError, "rope type 'yarn' is not supported"),

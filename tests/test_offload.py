@@ -66,10 +66,10 @@ def test_segments_are_read_by_the_kernel_where_there_is_one(monkeypatch):
     want, want_lse = attention.decode_attention(q[:, 0], whole, 1, soft_cap=9.0)
 
     slots, coded = [], cuda.coded
-    monkeypatch.setattr(nvrtc, "available", lambda: True)
     monkeypatch.setattr(cuda, "coded", lambda stack, *rest: slots.append(stack.slots) or coded(stack, *rest))
     offload._cold.clear_cache()
     with emulate.installed():
+        monkeypatch.setattr(nvrtc, "available", lambda: True)  # `installed` asks whether there is a GPU
         got, lse, _ = held.attend(q[:, :1], k[:, :1], v[:, :1], 1, soft_cap=9.0)
         jax.block_until_ready(got)
     offload._cold.clear_cache()

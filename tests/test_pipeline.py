@@ -104,6 +104,10 @@ def test_wrong_shapes_are_refused():
         held.attend(Q[:, :, :3], K, V, 0)
     with pytest.raises(ValueError, match="layer must be from -1 to 0, got 1"):
         held.attend(Q, K, V, 1)
+    with pytest.raises(ValueError, match="sliding_window must be at least 1, got 0"):
+        held.attend(Q, K, V, 0, sliding_window=0)
+    with pytest.raises(ValueError, match="soft_cap must be positive, got -1"):
+        held.attend(Q, K, V, 0, soft_cap=-1.0)
     p = Pipeline(keys=EXACT, values=EXACT)
     for match, wrong in {
         "capacity must be at least 1, got 0": {"capacity": 0},

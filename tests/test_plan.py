@@ -47,8 +47,8 @@ def test_time_is_what_is_read_over_bandwidth_and_share():
         return 1000 * tokens
 
     machine = plan.Machine(devices=4, memory=1e9, bandwidth=1e6)
-    found = plan.plan(held, 8000, machine, context=100, batch=2, share=0.5, fixed=0.25)
-    assert found.seconds == pytest.approx((8000 + 100_000 / 0.5) / 4e6 + 0.25)
+    found = plan.plan(held, 8000, machine, context=100, batch=2, share=0.5, model_share=0.8, fixed=0.25)
+    assert found.seconds == pytest.approx((8000 / 0.8 + 100_000 / 0.5) / 4e6 + 0.25)
     assert found.bytes_per_token == 500
 
 
@@ -76,9 +76,14 @@ def test_command_shows_every_cache():
     ("call", "message"),
     [
         (lambda: plan.Machine(devices=0, memory=1, bandwidth=1), "devices must be positive, got 0"),
+        (lambda: plan.Machine(devices=1, memory=float("inf"), bandwidth=1), "memory must be finite, got inf"),
         (lambda: plan.Machine(devices=1, memory=1, bandwidth=1, reserve=1.0), "reserve must be from 0 to below 1"),
         (lambda: plan.plan(int, 0, plan.Machine(1, 1, 1), context=0, batch=1, share=1), "context must be at least 1"),
-        (lambda: plan.plan(int, 0, plan.Machine(1, 1, 1), context=1, batch=1, share=1.5), "share must be above 0"),
+        (lambda: plan.plan(int, 0, plan.Machine(1, 1, 1), context=1, batch=1, share=1.5), "^share must be above 0"),
+        (
+            lambda: plan.plan(int, 0, plan.Machine(1, 1, 1), context=1, batch=1, share=1, model_share=0),
+            "model_share must be above 0",
+        ),
     ],
 )
 def test_wrong_numbers_are_named(call, message):

@@ -93,6 +93,11 @@ def _rope(settings: Mapping[str, Any], theta: float, max_positions: int) -> Rope
 
 def _sizes(config: Mapping[str, Any], *, dim: int | None, epsilon: float, positions: int, tied: bool) -> dict[str, Any]:
     """Read the fields that mean the same in every family; the keywords are the family's own defaults."""
+    sizes = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+    for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        size = config[name] if name in sizes else config.get(name)
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"config.json: {name} must be an integer from 1, got {size!r}")
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:

@@ -88,7 +88,7 @@ def speed() -> str:
     """Draw the speed of decode attention against the fastest in bfloat16."""
     rows = [row for row in table("kernels.md", "| rows x tokens") if "=" not in row[0]]  # other heads are there too
     names = ["K4/V4", "K4/V2", "K2/V2", "K3/V3"]
-    values = {row[0]: [re.split(r"[ (]", cell)[0] for cell in row[2:]] for row in rows}  # empty: not measured
+    values = {row[0]: [float(re.split(r"[ (]", cell)[0]) if cell else None for cell in row[2:]] for row in rows}
     most, left = 7.4, 112
     step = (HEIGHT - TOP - BOTTOM) / len(values)
 
@@ -106,10 +106,9 @@ def speed() -> str:
         parts.append(f'<text x="8" y="{top + step / 2:.1f}">{rows_of} row{"s" if rows_of != "1" else ""}</text>')
         parts.append(f'<text class="small" x="8" y="{top + step / 2 + 16:.1f}">{tokens} tokens</text>')
         height = (step - 8) / len(found)
-        for kind, cell, name in zip("abcd", found, names, strict=True):
-            if not cell:
+        for kind, times, name in zip("abcd", found, names, strict=True):
+            if times is None:  # not measured
                 continue
-            times = float(cell)
             where = top + 4 + names.index(name) * height
             bar = f'x="{left}" y="{where:.1f}" width="{x(times) - left:.1f}" height="{height - 2:.1f}"'
             parts.append(f'<g class="{kind}"><rect class="mark" {bar}/></g>')
