@@ -387,11 +387,11 @@ def test_fraqtl_gives_every_head_a_basis_and_tells_keys_from_values():
     generator = np.random.default_rng(7)
     a = generator.normal(size=(2, 2, 3, 64, 64)) * np.exp(generator.normal(size=64))
     moments = a @ np.swapaxes(a, -1, -2)
-    arguments = {"bits_k": 4, "bits_v": 2, "weighted_values": moments[1]}
+    arguments = {"bits_k": 3, "bits_v": 2, "weighted_values": moments[1]}
     keys, values = fraqtl.fit(jax.random.key(0), **arguments)
     both = fraqtl.fit_both(jax.random.key(0), key_moments=moments[0], **arguments)
-    assert (len(keys), len(values), keys[0].bits, keys[0].scale) == (2, 2, 4, "preserve")
-    for half, own, bits, scales in zip(both, moments, (4, 2), ({"preserve"}, {"preserve", "unbiased"}), strict=True):
+    assert (len(keys), len(values), keys[0].bits, keys[0].scale) == (2, 2, 3, "preserve")
+    for half, own, bits, scales in zip(both, moments, (3, 2), ({"preserve"}, {"preserve", "unbiased"}), strict=True):
         for layer, quantizer in enumerate(half):
             assert (quantizer.first.bits, quantizer.others.bits) == (bits + 1, bits - 1)
             assert {quantizer.first.scale, quantizer.others.scale} == scales
