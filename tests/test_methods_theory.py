@@ -13,6 +13,7 @@ from jaxquant import catalogue, codebooks, quantizers, rotations
 from jaxquant.methods import (
     copresheaf,
     fp8,
+    fraqtl,
     kvquant,
     nestquant,
     oscar,
@@ -354,6 +355,55 @@ def test_oscar_hears_every_head_alike_and_tells_keys_from_values():
         assert np.ptp(theirs) > 0.1 / 64
     assert (keys[0].bits, values[0].bits) == (3, 2)
     np.testing.assert_allclose((keys[0].clip, values[0].clip), (0.96, 0.92), rtol=1e-6)  # the paper's
+
+
+# fraQtl: each part of the eigen-coordinates leaves the error of its own bits, each head has a basis of its own.
+
+
+def turboquant_error(bits, dim):
+    """Give the squared error that TurboQuant leaves of normal vectors of unit length."""
+    usual = turboquant.mse(jax.random.key(1), dim=dim, bits=bits, scale=turboquant.scales(bits)[1])
+    return relative_error(usual, jax.random.normal(jax.random.key(2), (2000, dim))).mean()
+
+
+@pytest.mark.parametrize(("bits", "share"), [(2, 2), (4, 2), (2, 4), (3, 4)])
+def test_fraqtl_leaves_the_error_of_each_part(bits, share):
+    generator = np.random.default_rng(6)
+    turn, count = np.linalg.qr(generator.normal(size=(128, 128)))[0], 128 // share
+    spectrum = np.repeat([1.0, 1 / 16], [count, 128 - count])
+    x = (generator.normal(size=(2000, 128)) * spectrum**0.5) @ turn.T
+    quantizer = fraqtl.split(jax.random.key(0), (turn * spectrum) @ turn.T, bits=bits, share=share)
+    error = np.mean(np.sum((decoded(quantizer, jnp.asarray(x, jnp.float32)) - x) ** 2, axis=-1))
+    parts = [(bits + share - 1, count, spectrum[:count]), (bits - 1, 128 - count, spectrum[count:])]
+    expected = sum(turboquant_error(b, n) * energy.sum() for b, n, energy in parts)
+    np.testing.assert_allclose(error, expected, rtol=0.02)
+    swapped = fraqtl.split(jax.random.key(0), -(turn * spectrum) @ turn.T, bits=bits, share=share)
+    other = np.mean(np.sum((decoded(swapped, jnp.asarray(x, jnp.float32)) - x) ** 2, axis=-1))
+    assert other > 2 * expected
+    assert quantizers.quantize(quantizer, jnp.ones(128)).nbytes == 128 * bits // 8 + 4
+
+
+def test_fraqtl_gives_every_head_a_basis_and_tells_keys_from_values():
+    generator = np.random.default_rng(7)
+    a = generator.normal(size=(2, 2, 3, 64, 64)) * np.exp(generator.normal(size=64))
+    moments = a @ np.swapaxes(a, -1, -2)
+    arguments = {"bits_k": 3, "bits_v": 2, "weighted_values": moments[1]}
+    keys, values = fraqtl.fit(jax.random.key(0), **arguments)
+    both = fraqtl.fit_both(jax.random.key(0), key_moments=moments[0], **arguments)
+    assert (len(keys), len(values), keys[0].bits, keys[0].scale) == (2, 2, 3, "preserve")
+    for half, own, bits, scales in zip(both, moments, (3, 2), ({"preserve"}, {"preserve", "unbiased"}), strict=True):
+        for layer, quantizer in enumerate(half):
+            assert (quantizer.first.bits, quantizer.others.bits) == (bits + 1, bits - 1)
+            assert {quantizer.first.scale, quantizer.others.scale} == scales
+            rows = np.asarray(quantizer.basis, np.float64)
+            turned = rows @ own[layer] @ np.swapaxes(rows, -1, -2)
+            energy = np.diagonal(turned, axis1=-2, axis2=-1)
+            assert (np.diff(energy) <= 0).all()
+            largest = energy[:, 0, None, None]
+            assert (np.abs(turned - energy[..., None] * np.eye(64)) < 1e-4 * largest).all()
+            assert (np.abs(rows @ own[layer, ::-1] @ np.swapaxes(rows, -1, -2) - turned) > 1e-2 * largest).any()
+    for mine, theirs in zip(values, both[1], strict=True):
+        np.testing.assert_array_equal(mine.basis, theirs.basis)
 
 
 # RotorQuant: as good as TurboQuant on normal vectors, several times worse where channels stick out.
