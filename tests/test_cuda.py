@@ -11,7 +11,7 @@ import pytest
 from cuda import caches, emulate
 from jaxtyping import TypeCheckError
 
-from jaxquant import attention, cache, quantizers, sharding, trellis
+from jaxquant import attention, cache, paged, quantizers, sharding, trellis
 from jaxquant._kernels import cuda, nvrtc, xla
 from jaxquant._stacks import KVCache
 from jaxquant.methods import trellis as method
@@ -81,6 +81,8 @@ GROWING = Case(
 PARTS = Case(capacity=1300, lengths=(1300, 500), values="2 uniform")
 HEADS = Case(capacity=530, lengths=(530, 2), group=16, cores=1)
 WHOLE = Case(capacity=2100, lengths=(2100, 0, 300), values="2 uniform", q="bfloat16", cores=3)
+LATE = Case(capacity=2100, lengths=(0,) * 33 + (2100, 40, 1500), cores=10, group=1, dim=64)
+UNALIGNED = Case(capacity=700, lengths=(700, 351, 258), sliding=256, dim=64)
 ROUNDS = Case(rotation="hadamard 3", group=8, q="float16")
 SPECIAL = [
     USUAL,
@@ -102,6 +104,8 @@ SPECIAL = [
     PARTS,
     WHOLE,
     WHOLE._replace(group=16, rotation="haar", lengths=(0, 2100, 40), cores=7),
+    LATE,
+    UNALIGNED,
     Case(capacity=64, lengths=(64, 1, 0, 33) * 17, cores=5, group=1, dim=64),
     Case(capacity=700, lengths=(700, 1, 650) * 12, cores=4, group=1, dim=64, sliding=300),
     Case(
@@ -278,6 +282,36 @@ def test_wrong_operands_are_seen(mistake):
         got = jax.block_until_ready(attend(case, c, q))
     with pytest.raises(AssertionError):
         compare(case, got, oracle(case, c, q))
+
+
+def paged_attention(page: int, sliding: int | None, implementation: Any) -> tuple[jax.Array, jax.Array]:
+    """Attend over rows of pages in no order; one row has no token, and one a single one."""
+    keys, values = caches.quantizer("4", 64), caches.quantizer("2 uniform", 64, seed=1)
+    table = jnp.asarray(np.random.default_rng(0).permutation(40)[: 4 * (640 // page)].reshape(4, -1))
+    k, v = jax.random.normal(jax.random.key(1), (2, 4, 600, 2, 64))
+    pages, length = paged.append(
+        paged.init(keys, values, pages=40, kv_heads=2, page=page),
+        *(table, jnp.zeros(4, jnp.int32), k, v),
+        mask=jnp.arange(600) < jnp.array([[600], [1], [0], [300]]),
+    )
+    q = jax.random.normal(jax.random.key(2), (4, 8, 64))
+    how = {"sliding_window": sliding, "implementation": implementation}
+    jax.clear_caches()  # of what another emulation traced
+    return jax.block_until_ready(paged.decode_attention_paged(q, pages, table, length, **how))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("page", "sliding"), [(64, None), (128, 90), (64, 2**31 - 1)])
+def test_pages_are_read_wherever_they_are(page, sliding):
+    want = paged_attention(page, sliding, "xla")
+    with emulate.installed(cores=2):
+        got = paged_attention(page, sliding, "cuda")
+    with emulate.installed(cores=2, replace=("* kv_heads + head) * page", "* kv_heads) * page")):
+        wrong = paged_attention(page, sliding, "cuda")
+    for one, other, far in zip(got, want, wrong, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-3)  # queries have 16 bits, weights 11
+        with pytest.raises(AssertionError):
+            np.testing.assert_allclose(far, other, rtol=0, atol=2e-3)
 
 
 def rings(bits: float = 2, states: int = 64, **kwargs: Any) -> trellis.Trellis:
