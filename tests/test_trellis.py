@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from jaxquant import cache, codebooks, mixed, quantizers, sharding, snapshot, trellis, viterbi
+from jaxquant import _placement, cache, codebooks, mixed, quantizers, snapshot, trellis, viterbi
 from jaxquant.calibrate import bases, files, fit, trellis_tables
 from jaxquant.methods import trellis as method
 from jaxquant.methods import turboquant
@@ -419,7 +419,7 @@ def test_costs_decide_in_which_coordinate_a_hybrid_errs():
 
 def test_the_trellis_of_a_hybrid_is_on_every_device():
     mesh = jax.make_mesh((1,), ("heads",))
-    specs = sharding._quantizer_specs(sharding.Layout(mesh=mesh, kv_heads="heads"), hybrid())
+    specs = _placement.quantizer_specs(_placement.Layout(mesh=mesh, kv_heads="heads"), hybrid())
     assert specs.mean == specs.levels[0] == jax.sharding.PartitionSpec("heads")
     assert specs.code.tables == ((jax.sharding.PartitionSpec(),), (jax.sharding.PartitionSpec(),))
 
