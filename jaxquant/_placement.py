@@ -1,10 +1,12 @@
 """Where the parts of a cache are: which axes of a mesh rows, kv heads and tokens go along, for every array of it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from jaxquant._spread import Spread
 from jaxquant._stacks import KVCache, Stack, Store
@@ -124,6 +126,20 @@ def check(layout: Layout, **sizes: int) -> None:
         devices = layout.devices(getattr(layout, name))
         if size % devices:
             raise ValueError(f"{name} must be a multiple of the {devices} devices that share it, got {size}")
+
+
+def mapped(layout: Layout, local: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
+    """Give `jax.shard_map` of a function over a layout's mesh; explicit axes have arguments put where they belong."""
+    over = jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    types = dict(zip(layout.mesh.axis_names, layout.mesh.axis_types, strict=True))
+    if AxisType.Explicit not in types.values():
+        return over
+
+    def placed(leaf: Array, spec: PartitionSpec) -> Array:
+        known = (axis if types.get(axis) is AxisType.Explicit else None for axis in spec)
+        return jax.sharding.reshard(leaf, NamedSharding(layout.mesh, PartitionSpec(*known)))
+
+    return lambda *arrays: over(*jax.tree.map(placed, arrays, in_specs))
 
 
 def quantizer_specs(layout: Layout, quantizer: Quantizer | PerLayer) -> Any:

@@ -59,6 +59,7 @@ def decode_attention(
             for cannot read this cache.
 
     Example:
+        >>> import jax
         >>> from jaxquant import cache
         >>> from jaxquant.methods import turboquant
         >>> k, v = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=4)
@@ -116,6 +117,7 @@ def prefill_attention(
             for cannot read this cache.
 
     Example:
+        >>> import jax
         >>> from jaxquant import cache
         >>> from jaxquant.methods import turboquant
         >>> k, v = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=4)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Integer, PyTree
 
 from jaxquant import _attention
 from jaxquant._kernels import xla
+from jaxquant._placement import mapped
 from jaxquant._spread import Spread
 from jaxquant._stacks import Index, KVCache, Stack, resolve, switch
 from jaxquant.attention import Number
@@ -121,10 +122,8 @@ def _mapped(layout: Layout, spread: Spread, layer: int, q: Array, k: Array, v: A
     rows, own = PartitionSpec(layout.batch, layout.tokens, layout.kv_heads), specs(layout, cache)
     everywhere = jax.tree.map(lambda _: PartitionSpec(), rule)
     local = functools.partial(_local, spread, layer)
-    return jax.shard_map(
-        local, mesh=layout.mesh, in_specs=(rows, rows, rows, own, everywhere), out_specs=(rows, rows, own),
-        check_vma=False,
-    )(q, k, v, cache, rule)  # fmt: skip
+    over = mapped(layout, local, (rows, rows, rows, own, everywhere), (rows, rows, own))
+    return over(q, k, v, cache, rule)
 
 
 def _local(

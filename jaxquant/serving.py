@@ -93,7 +93,7 @@ class Batcher:
         >>> batcher = Batcher(model.decoder, keys, values, rows=2, pages=8, row_pages=4)
         >>> number = batcher.submit(model.tokenizer.encode("import numpy as"), max_tokens=1)
         >>> model.tokenizer.decode(batcher.run()[number])
-        ' np'
+        ' the'
     """
 
     def __init__(

@@ -17,13 +17,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxquant import attention
 from jaxquant import cache as caches
-from jaxquant._placement import Layout, check, quantizer_specs, shardings, spread_of
+from jaxquant._placement import Layout, check, mapped, quantizer_specs, shardings, spread_of
 from jaxquant._placement import specs as specs
 from jaxquant._spread import Spread
 from jaxquant._stacks import Index, KVCache, Stack, Store
@@ -96,7 +96,7 @@ def init(
 
     given = _each(layout, keys), _each(layout, values)
     empty = jax.eval_shape(local, *jax.tree.map(share, (keys, values), given))
-    return jax.jit(_mapped(layout, local, given, specs(layout, empty)))(keys, values)
+    return jax.jit(mapped(layout, local, given, specs(layout, empty)))(keys, values)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "layer", "implementation"))
@@ -108,9 +108,7 @@ def _append(layout: Layout, cache: KVCache, layer: int | None, arrays: dict[str,
         index = arrays.pop("layer") if layer is None else layer
         return caches.append(cache, index, **arrays, implementation=implementation)
 
-    return _mapped(layout, local, (own, {name: named.get(name, PartitionSpec()) for name in arrays}), own)(
-        cache, arrays
-    )
+    return mapped(layout, local, (own, {name: named.get(name, PartitionSpec()) for name in arrays}), own)(cache, arrays)
 
 
 def append(
@@ -144,7 +142,7 @@ def _attend(layout: Layout, cache: KVCache, layer: int | None, arrays: dict[str,
 
     outs = (rows, rows, own) if prefill else (rows, rows)
     in_specs = (own, {name: named.get(name, PartitionSpec()) for name in arrays})
-    return _mapped(layout, local, in_specs, outs)(cache, arrays)
+    return mapped(layout, local, in_specs, outs)(cache, arrays)
 
 
 def decode_attention(
@@ -254,19 +252,6 @@ def _recoded(cache: KVCache, change: Callable[[Array], Array], spread: Spread | 
 
     stacks = tuple(Stack(keys=store(stack.keys), values=store(stack.values)) for stack in cache.stacks)
     return dataclasses.replace(cache, stacks=stacks, spread=spread)
-
-
-def _mapped(layout: Layout, local: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
-    mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    types = dict(zip(layout.mesh.axis_names, layout.mesh.axis_types, strict=True))
-    if AxisType.Explicit not in types.values():
-        return mapped
-
-    def placed(leaf: Array, spec: PartitionSpec) -> Array:
-        known = (axis if types.get(axis) is AxisType.Explicit else None for axis in spec)
-        return jax.sharding.reshard(leaf, NamedSharding(layout.mesh, PartitionSpec(*known)))
-
-    return lambda *arrays: mapped(*jax.tree.map(placed, arrays, in_specs))
 
 
 def _split(layer: Index, **arrays: Any) -> tuple[int | None, dict[str, Any]]:
