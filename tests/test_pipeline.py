@@ -223,9 +223,9 @@ class Row:
 
     def append(self, token):
         if len(self.tokens) < 24:
-            self.tokens.append(token)
-            if len(self.tokens) - self.start == 8:
+            if len(self.tokens) - self.start == 8:  # a full row waits for the token that needs the room
                 self.start += 4
+            self.tokens.append(token)
 
     def read(self, x, coded):
         return np.stack([(coded if 2 <= p < self.start else x)[token] for p, token in enumerate(self.tokens)])
@@ -277,7 +277,7 @@ def test_any_sequence_of_operations(operations):
     for number, row in enumerate(rows):
         if len(row.tokens) == 24:
             continue  # a full row drops the token that would look
-        row.tokens.append((number, 0))  # it looks before a block leaves
+        row.append((number, 0))
         k, v = (row.read(np.asarray(x), y).astype(np.float64) for x, y in zip((K, V), decoded, strict=True))
         query = np.asarray(Q[number, 0], np.float64).reshape(H, G, D)
         scores = np.einsum("hgd,thd->hgt", query, k) * D**-0.5
