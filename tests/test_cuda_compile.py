@@ -13,7 +13,7 @@ from jaxquant._kernels import cuda, cuda_encode, cuda_trellis, nvrtc
 
 RELEASE = "13.0"  # of both compilers, that the numbers here are of; `pyproject.toml` pins it
 H200, A100 = (9, 0), (8, 0)
-BOOKS = {2: "UNIFORM", 3: "ANY", 4: "SYMMETRIC", 8: "TABLE"}
+BOOKS = {2: "UNIFORM", 3: "ANY", 4: "SIGNED", 8: "TABLE"}
 
 # Registers and instructions on 2026-11-28, by bits of keys and values, query heads of a kv head, and capability.
 DECODE = {

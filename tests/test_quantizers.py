@@ -420,10 +420,10 @@ def test_stored_levels_are_what_codes_decode_to(bits):
     assert np.array_equal(np.sort(made.stored_levels), np.asarray(made.codebook.centroids))
 
 
-@pytest.mark.parametrize(("bits", "grid"), [(2, "uniform"), (3, "bytes"), (4, "symmetric"), (5, "free")])
+@pytest.mark.parametrize(("bits", "grid"), [(2, "uniform"), (3, "bytes"), (4, "signed"), (5, "free")])
 def test_levels_for_fused_kernels_are_there_on_request(bits, grid):
     made = turboquant.mse(jax.random.key(0), dim=64, bits=bits, fused=True)
     assert made.codebook.grid == grid
     assert turboquant.mse(jax.random.key(0), dim=64, bits=bits, fused=False).codebook.grid == "free"
     pair = turboquant.kv(jax.random.key(0), dim=64, bits_k=bits, bits_v=4, fused=True)
-    assert [quantizer.codebook.grid for quantizer in pair] == [grid, "symmetric"]
+    assert [quantizer.codebook.grid for quantizer in pair] == [grid, "signed"]

@@ -68,8 +68,8 @@ def book(quantizer: Scalar | Trellis) -> str | None:
     match quantizer.bits, quantizer.codebook.grid:
         case 2, "uniform":
             return "UNIFORM"
-        case 4, "symmetric":
-            return "SYMMETRIC"
+        case 4, "signed":
+            return "SIGNED"
         case 2 | 3 | 4, "bytes":
             return "ANY"
         case 8, _:

@@ -6,11 +6,11 @@
 // whose low bits are subnormal, exactly integer * 2^-24, which tensor cores multiply at full speed. A codebook is
 //   UNIFORM    2 bits, levels (code - 1.5) * step: the field itself is the integer; fields of higher planes are powers of
 //              4 too large, which the query (or output) makes good;
-//   SYMMETRIC  4 bits, codes of sign and magnitude, odd integers: a byte permutation looks magnitudes up;
+//   SIGNED     4 bits, codes of sign and magnitude, integers from -127 to 127: a byte permutation looks magnitudes up;
 //   ANY        2, 3, 4 bits: byte permutations look up bytes, level = (byte - offset) * step;
 //   TABLE      8 bits: halves in shared memory;
 //   TRELLIS    see windows.cuh.
-enum Book { UNIFORM, SYMMETRIC, ANY, TABLE, TRELLIS };
+enum Book { UNIFORM, SIGNED, ANY, TABLE, TRELLIS };
 
 DEVICE constexpr bool has_offset(Book book) { return book == UNIFORM || book == ANY; }
 
@@ -99,6 +99,7 @@ struct Share {
 template <int BITS, Book BOOK, bool KEYS>
 struct Lookup {
     u32 table[4];
+    u32 upper;  // 2^16, which the compiler does not know
     const u16* halves;
     float step, offset;
 
@@ -117,9 +118,8 @@ struct Lookup {
         if (BOOK == UNIFORM) {
             step = (high - low) / (count - 1);
             offset = -low / step;
-        } else if (BOOK == SYMMETRIC) {
-            step = high / (KEYS ? 127.5f : 255.0f);
-            offset = KEYS ? -0.5f : 0.0f;
+        } else if (BOOK == SIGNED) {
+            step = high / 127.0f;
         } else {
             step = (high - low) / 255.0f;
             offset = -low / step;
@@ -127,9 +127,14 @@ struct Lookup {
         if (BOOK != UNIFORM) {
             const float per_step = 1.0f / step;
 #pragma unroll
-            for (int i = 0; i < (BOOK == SYMMETRIC ? count / 2 : count); i++)
+            for (int i = 0; i < (BOOK == SIGNED ? count / 2 : count); i++)
                 table[i / 4] |= (u32)(levels[rank(i)] * per_step + offset + 0.5f) << (8 * (i % 4));
         }
+        if (BOOK == SIGNED && KEYS) {
+            table[2] = ~table[0], table[3] = ~table[1];
+            offset = -1.0f;
+        }
+        upper = high > low ? 1u << 16 : 0;
         if (!KEYS) {
             const float subnormal = 16777216.0f;
             step *= subnormal;
@@ -142,31 +147,31 @@ struct Lookup {
 
     // Bytes of nibbles 0 to 3, and of 4 to 7.
     DEVICE void look_up(u32 z, u32& low, u32& high) const {
-        const u32 index = BITS == 4 ? z & 0x77777777u : z;
-        low = permute(table[0], table[1], index), high = permute(table[0], table[1], index >> 16);
+        const u32 index = BITS == 4 ? z & 0x77777777u : z, rest = MOVE & 2 ? upper_half(index, upper) : index >> 16;
+        low = permute(table[0], table[1], index), high = permute(table[0], table[1], rest);
         if (BITS == 4 && BOOK == ANY) {
             const u32 signs_low = permute(z, z << 4, 0x9d8c), signs_high = permute(z, z << 4, 0xbfae);
             const u32 other_low = permute(table[2], table[3], index);
-            const u32 other_high = permute(table[2], table[3], index >> 16);
+            const u32 other_high = permute(table[2], table[3], rest);
             low = (low & ~signs_low) | (other_low & signs_low);
             high = (high & ~signs_high) | (other_high & signs_high);
         }
     }
 
-    // The same for keys. A complement turns m into -1 - m: bytes are magnitudes of m + 1/2, less 1/2.
-    DEVICE void bytes(u32 z, u32& low, u32& high) const {
-        look_up(z, low, high);
-        if (BOOK == SYMMETRIC) {
-            low ^= permute(z, z << 4, 0x9d8c);
-            high ^= permute(z, z << 4, 0xbfae);
-        }
+    // The same for two tables: of codes with a sign and of those without.
+    DEVICE void look_up(u32 z, u32 (&low)[2], u32 (&high)[2]) const {
+        const u32 flipped = z ^ 0x88888888u;
+        low[0] = permute(table[0], table[1], z), low[1] = permute(table[2], table[3], flipped);
+        const u32 z_rest = MOVE & 1 ? upper_half(z, upper) : z >> 16;
+        const u32 flipped_rest = MOVE & 4 ? z_rest ^ 0x8888u : MOVE & 1 ? upper_half(flipped, upper) : flipped >> 16;
+        high[0] = permute(table[0], table[1], z_rest), high[1] = permute(table[2], table[3], flipped_rest);
     }
 
     // Halves of nibbles (0, 2), (1, 3), (4, 6), (5, 7).
     DEVICE void halves_of(u32 z, u32 (&pair)[4]) const {
         u32 low, high;
         look_up(z, low, high);
-        if (BOOK == SYMMETRIC) {
+        if (BOOK == SIGNED) {
             const u32 even = (z << 4) & 0x80808080u, odd = z & 0x80808080u;
             pair[0] = permute(low, even, 0x5240);
             pair[1] = permute(low, odd, 0x5341);
@@ -189,21 +194,26 @@ struct AcrossCoordinates {
     typedef Lookup<BITS, BOOK, true> Books;
     static constexpr int EACH = BOOK == TABLE ? 2 : 4;
     static constexpr int PER_WORD = L::PER_WORD / EACH;
+    static constexpr int TERMS = BOOK == SIGNED ? 2 : 1;
 
-    static DEVICE void operands(const Mine& share, int i, int lane, const Books& book, u32 (&out)[PER_WORD]) {
+    // An operand is a sum of TERMS.
+    static DEVICE void operands(const Mine& share, int i, int lane, const Books& book, u32 (&out)[PER_WORD][TERMS]) {
         const u32 word = share.field[i];
         if constexpr (BOOK == UNIFORM) {
-            out[0] = word & 0x03030303u;
-            out[1] = word & 0x0c0c0c0cu;
-            out[2] = word >> 4 & 0x03030303u;
-            out[3] = word >> 4 & 0x0c0c0c0cu;
+            const u32 rest = MOVE & 8 ? upper_half(word, book.upper << 12) : word >> 4;
+            out[0][0] = word & 0x03030303u;
+            out[1][0] = word & 0x0c0c0c0cu;
+            out[2][0] = rest & 0x03030303u;
+            out[3][0] = rest & 0x0c0c0c0cu;
         } else if constexpr (BOOK == TABLE) {
-            out[0] = book.halves[word & 255] | (u32)book.halves[word >> 8 & 255] << 16;
-            out[1] = book.halves[word >> 16 & 255] | (u32)book.halves[word >> 24] << 16;
+            out[0][0] = book.halves[word & 255] | (u32)book.halves[word >> 8 & 255] << 16;
+            out[1][0] = book.halves[word >> 16 & 255] | (u32)book.halves[word >> 24] << 16;
+        } else if constexpr (BOOK == SIGNED) {
+            book.look_up(word, out[0], out[1]);
         } else {
 #pragma unroll
             for (int which = 0; which < PER_WORD / 2; which++)
-                book.bytes(share.nibbles(i, which, lane), out[2 * which], out[2 * which + 1]);
+                book.look_up(share.nibbles(i, which, lane), out[2 * which][0], out[2 * which + 1][0]);
         }
     }
 
@@ -234,10 +244,11 @@ struct AcrossTokens {
 #pragma unroll
             for (int half = 0; half < HALVES; half++) {
                 u32 word = permute(a.field[i], b.field[i], half ? 0x7632 : 0x5410);
+                const u32 rest = MOVE & 8 ? upper_half(word, book.upper << 8) : word >> 8;
 #pragma unroll
                 for (int p = 0; p < 4; p++) {
                     pair[8 * half + p] = word & (0x00030003u << 2 * p);
-                    pair[8 * half + 4 + p] = (word >> 8) & (0x00030003u << 2 * p);
+                    pair[8 * half + 4 + p] = rest & (0x00030003u << 2 * p);
                 }
             }
         } else if constexpr (BOOK == TABLE) {

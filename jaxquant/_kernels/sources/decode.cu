@@ -38,7 +38,7 @@ DEVICE float whole(int upper, int lower) {
 }
 DEVICE float whole(float x, float rest) { return TWO_HALVES ? x + rest : x; }
 DEVICE void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    multiply_bytes<KEY_BOOK == SYMMETRIC>(c, a0, a1, a2, a3, b0, b1);
+    multiply_bytes<KEY_BOOK == SIGNED>(c, a0, a1, a2, a3, b0, b1);
 }
 DEVICE void product(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { multiply(c, a0, a1, a2, a3, b0, b1); }
 template <Book>
@@ -236,7 +236,7 @@ KERNEL(THREADS, BLOCKS) decode(
             for (int c = 0; c < 8; c++) score[k][c / 4][c % 4] = 0;
 #pragma unroll
         for (int i = 0; i < KEY_WORDS; i++) {
-            u32 x[4][Keys::PER_WORD];
+            u32 x[4][Keys::PER_WORD][Keys::TERMS];
 #pragma unroll
             for (int j = 0; j < 4; j++) Keys::operands(keys[j], i, t, key_book, x[j]);
 #pragma unroll
@@ -246,8 +246,10 @@ KERNEL(THREADS, BLOCKS) decode(
                 for (int s = 0; s < 2; s++)
 #pragma unroll
                     for (int k = 0; k < FOURS; k++)
-                        product(score[k][s], x[2 * s][h], x[2 * s + 1][h], x[2 * s][h + 1], x[2 * s + 1][h + 1],
-                                query[step][k][0], query[step][k][1]);
+#pragma unroll
+                        for (int e = 0; e < Keys::TERMS; e++)
+                            product(score[k][s], x[2 * s][h][e], x[2 * s + 1][h][e], x[2 * s][h + 1][e],
+                                    x[2 * s + 1][h + 1][e], query[step][k][0], query[step][k][1]);
             }
         }
         float key_scale[4], value_scale[4];

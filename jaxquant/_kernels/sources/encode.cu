@@ -120,8 +120,8 @@ DEVICE Cells cells_of(const float* levels) {
     if (BOOK == UNIFORM) {
         cells.per_cell = (LEVELS - 1) / (high - low);
         cells.origin = LEVELS / 2 - 1 - EPSILON / 2;  // so that a third of it, rounded up, puts 0 into the lower cell
-    } else if (BOOK == SYMMETRIC) {
-        cells.per_cell = 2.0f * 127.5f / high;
+    } else if (BOOK == SIGNED) {
+        cells.per_cell = 2.0f * 127.0f / high;
         cells.origin = 256.0f;
     } else {
         cells.per_cell = 2.0f * 255.0f / (high - low);

@@ -88,11 +88,11 @@ struct AcrossCoordinates<DIM, BITS, TRELLIS> {
     typedef Ring<L, 4> Mine;
     typedef Lookup<BITS, TRELLIS, true> Books;
     static constexpr int EACH = 2;
-    static constexpr int PER_WORD = 4 * Mine::Dealt::BYTES / BITS;
+    static constexpr int PER_WORD = 4 * Mine::Dealt::BYTES / BITS, TERMS = 1;
 
-    static DEVICE void operands(const Mine& share, int i, int lane, const Books& book, u32 (&out)[PER_WORD]) {
+    static DEVICE void operands(const Mine& share, int i, int lane, const Books& book, u32 (&out)[PER_WORD][TERMS]) {
 #pragma unroll
-        for (int h = 0; h < PER_WORD; h++) out[h] = book.look_up(share.field[i], share.field[i + 1], 2 * BITS * h);
+        for (int h = 0; h < PER_WORD; h++) out[h][0] = book.look_up(share.field[i], share.field[i + 1], 2 * BITS * h);
     }
     static DEVICE int coordinate(int lane, int i, int h, int e) {
         return 8 * Mine::Dealt::first_byte(lane, i) / BITS + 2 * h + e;
