@@ -82,6 +82,7 @@ PARTS = Case(capacity=1300, lengths=(1300, 500), values="2 uniform")
 HEADS = Case(capacity=530, lengths=(530, 2), group=16, cores=1)
 WHOLE = Case(capacity=2100, lengths=(2100, 0, 300), values="2 uniform", q="bfloat16", cores=3)
 LATE = Case(capacity=2100, lengths=(0,) * 33 + (2100, 40, 1500), cores=10, group=1, dim=64)
+WIDE = Case(capacity=2104, lengths=(2104, 70, 0, 1500), cores=1, growth=(1e3, 1e3), scales=("float32", "float32"))
 UNALIGNED = Case(capacity=700, lengths=(700, 351, 258), sliding=256, dim=64)
 ROUNDS = Case(rotation="hadamard 3", group=8, q="float16")
 SPECIAL = [
@@ -106,6 +107,10 @@ SPECIAL = [
     WHOLE._replace(group=16, rotation="haar", lengths=(0, 2100, 40), cores=7),
     LATE,
     UNALIGNED,
+    WIDE,
+    WIDE._replace(keys="3", values="2 uniform", group=8, q="bfloat16", window=24, cropped=1600, lengths=(1590, 20)),
+    WIDE._replace(keys="2", values="4 bytes", dim=64, group=7, sinks=3, sliding=700, lengths=(1608, 650)),
+    WIDE._replace(keys="2 uniform", values="3", dim=96, group=1, rotation="haar", cap=20.0, scales=("bfloat16",) * 2),
     Case(capacity=64, lengths=(64, 1, 0, 33) * 17, cores=5, group=1, dim=64),
     Case(capacity=700, lengths=(700, 1, 650) * 12, cores=4, group=1, dim=64, sliding=300),
     Case(
@@ -218,12 +223,14 @@ def test_kernel_equals_xla_and_float64(case):
 
 # Text of the sources, what stands there instead, and a case that must notice.
 MUTANTS = {
-    "no scales of keys": ("read(stage + KEY_SCALES_AT, 8 * j + mix, KEY_SCALES) * key_unit", "key_unit", USUAL),
+    "no scales of keys": ("read(stage + KEY_SCALES_AT, token, KEY_SCALES) * key_unit", "key_unit", USUAL),
     "tails are seen": ("if (here < begin || here + TILE > stop) {", "if (false) {", USUAL),
     "layer 0 of the codes": ("clamp(index[0], layers - 1)", "0", USUAL),
     "layer 0 of the lengths": ("clamp(layer[0], all_layers - 1)", "0", CROPPED),
     "values lose their signs": ("even = (z << 4) & 0x80808080u", "even = 0", USUAL),
-    "keys lose their signs": ("low ^= permute(z, z << 4, 0x9d8c);", "", USUAL),
+    "keys have no negative levels": ("low[1] = permute(table[2], table[3], flipped);", "low[1] = 0;", USUAL),
+    "keys have no positive levels": ("high[0] = permute(table[0], table[1], z >> 16)", "high[0] = 0", USUAL),
+    "keys are not as far apart": ("offset = -1.0f;", "offset = 0.0f;", USUAL),
     "no offsets of values": ("value_book.offset * offset_sum", "0.0f * offset_sum", OFFSETS),
     "no offsets of keys": ("float bias = -(float)sum * key_book.offset;", "float bias = 0.0f;", OFFSETS),
     "third bits of values elsewhere": (": thirds(i, lane) << 2;", ": thirds(i, lane) << 1;", LONG),
@@ -253,6 +260,11 @@ MUTANTS = {
     "neighbours have the same level": ("levels[window >> bits & last]", "levels[window & last]", RINGS),
     "neighbours of values change places": ("second, 0x7632)", "second, 0x7610)", RINGS),
     "what halves of queries leave": ("return TWO_HALVES ? x + rest : x;", "return x;", RINGS),
+    "keys of half a wide tile": ("first_j < EIGHTS;", "first_j < 4;", WIDE),
+    "values of half a wide tile": ("s < EIGHTS / 2;", "s < 2;", WIDE),
+    "scales of half a wide tile": ("for_keys = TILE *", "for_keys = 32 *", WIDE),
+    "peaks of half a wide tile": ("j = 1; j < EIGHTS; j++) most", "j = 1; j < 4; j++) most", WIDE),
+    "wide tiles end beyond the tokens": ("slot < begin || slot >= stop", "j < 4 && (slot < begin || slot >= stop)", WIDE),
     "values have the levels of keys": ("apart = any_lane(apart);", "apart = false;", APART),
     "keys have the levels of values": ("(!apart || lane < 16)", "!apart", APART),
 }  # fmt: skip

@@ -15,24 +15,25 @@ RELEASE = "13.0"  # of both compilers, that the numbers here are of; `pyproject.
 H200, A100 = (9, 0), (8, 0)
 BOOKS = {2: "UNIFORM", 3: "ANY", 4: "SIGNED", 8: "TABLE"}
 
-# Registers and instructions on 2026-11-28, by bits of keys and values, query heads of a kv head, and capability.
+# Registers and instructions on 2026-11-28, by bits of keys and values, query heads of a kv head, tiles, and capability.
 DECODE = {
-    (4, 4, 4, H200): (118, 2064),
-    (4, 2, 4, H200): (108, 1952),
-    (2, 2, 4, H200): (102, 1784),
-    (3, 3, 4, H200): (116, 2104),
-    (4, 4, 8, H200): (128, 2456),
-    (4, 2, 8, H200): (128, 2312),
-    (2, 2, 8, H200): (120, 2208),
-    (3, 3, 8, H200): (128, 2464),
-    (4, 4, 4, A100): (117, 2040),
-    (4, 2, 4, A100): (108, 1912),
-    (2, 2, 4, A100): (99, 1736),
-    (3, 3, 4, A100): (115, 2080),
-    (4, 4, 8, A100): (128, 2408),
-    (4, 2, 8, A100): (120, 2264),
-    (2, 2, 8, A100): (114, 2136),
-    (3, 3, 8, A100): (128, 2416),
+    (4, 4, 4, "wide", H200): (128, 2536),
+    (4, 2, 4, "wide", H200): (130, 2304),
+    (2, 2, 4, "wide", H200): (117, 2080),
+    (3, 3, 4, "wide", H200): (128, 2600),
+    (4, 4, 8, "wide", H200): (154, 2976),
+    (4, 2, 8, "wide", H200): (160, 2744),
+    (2, 2, 8, "wide", H200): (141, 2544),
+    (3, 3, 8, "wide", H200): (150, 3016),
+    (4, 4, 4, "narrow", H200): (120, 2040),
+    (4, 2, 4, "narrow", H200): (114, 1912),
+    (2, 2, 4, "narrow", H200): (102, 1784),
+    (3, 3, 8, "narrow", H200): (128, 2464),
+    (4, 4, 16, "narrow", H200): (168, 3872),
+    (2, 2, 4, "wide", A100): (108, 2024),
+    (4, 4, 4, "narrow", A100): (117, 1992),
+    (4, 4, 8, "narrow", A100): (128, 2360),
+    (3, 3, 8, "narrow", A100): (127, 2392),
 }
 ENCODE = {  # by bits
     (4, H200): (168, 3472),
@@ -58,7 +59,7 @@ ENCODE_TRELLIS = {
     (3, 256, H200): (168, 1856),
     (2, 128, A100): (79, 2584),
 }
-SPILLED = {(4, 4, 8, H200): 20, (4, 4, 8, A100): 20}  # bytes stored and loaded; nothing elsewhere
+SPILLED = {(4, 4, 16, "narrow", H200): 140, (4, 4, 8, "narrow", A100): 20}  # bytes stored and loaded; nothing elsewhere
 
 
 def assembler() -> str | None:
@@ -121,7 +122,14 @@ def instructions(elf: bytes, name: str) -> int:
 
 
 def decode(
-    keys: int, values: int, group: int, capability: tuple[int, int], dim: int = 128, whole: bool = False
+    keys: int,
+    values: int,
+    group: int,
+    tiles: str,
+    capability: tuple[int, int],
+    *,
+    dim: int = 128,
+    whole: bool = False,
 ) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
     return cuda.kernels(
         dim=dim,
@@ -134,6 +142,7 @@ def decode(
         soft_cap=False,
         sliding=False,
         even=True,
+        wide=tiles == "wide",
         whole=whole,
         capability=capability,
     )
@@ -181,6 +190,7 @@ def decode_trellis(keys: int, values: int, group: int, capability: tuple[int, in
         soft_cap=False,
         sliding=False,
         even=True,
+        wide=True,
         windows=(keys.bit_length() + 3, values.bit_length() + 3),
         capability=capability,
     )[0]
@@ -200,7 +210,7 @@ def encode_trellis(bits: int, states: int, capability: tuple[int, int]) -> nvrtc
 
 
 def test_writing_whole_rows_keeps_its_size(ptxas, tmp_path):
-    check(measure(decode(4, 4, 4, H200, whole=True)[0], ptxas, tmp_path), (120, 2576))
+    check(measure(decode(4, 4, 4, "wide", H200, whole=True)[0], ptxas, tmp_path), (120, 2576))
 
 
 @pytest.mark.parametrize("config", DECODE_TRELLIS, ids=str)
@@ -220,11 +230,11 @@ def test_search_keeps_its_size(config, ptxas, tmp_path):
 
 @pytest.mark.parametrize("capability", [H200, A100])
 def test_combine_keeps_its_size(capability, ptxas, tmp_path):
-    check(measure(decode(4, 4, 4, capability)[1], ptxas, tmp_path), (55, 768))
+    check(measure(decode(4, 4, 4, "narrow", capability)[1], ptxas, tmp_path), (55, 768))
 
 
 def test_what_grew_is_seen(ptxas, tmp_path, monkeypatch):
-    large = 4, 2, 8, H200
+    large = 4, 2, 8, "wide", H200
     registers, count, spilled = measure(decode(*large)[0], ptxas, tmp_path)
     fewer, shorter, _ = measure(decode(*large)[1], ptxas, tmp_path)
     with pytest.raises(AssertionError, match="more registers"):
@@ -232,7 +242,7 @@ def test_what_grew_is_seen(ptxas, tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="more instructions"):
         check((registers, count, spilled), (registers, shorter))
     original = nvrtc.source
-    tight = "constexpr int BLOCKS = 2;", "constexpr int BLOCKS = 4;"
+    tight = "constexpr int BLOCKS = 1;", "constexpr int BLOCKS = 2;"
     monkeypatch.setattr(nvrtc, "source", lambda *parts: original(*parts).replace(*tight))
     cuda.kernels.cache_clear()
     measured = measure(decode(*large)[0], ptxas, tmp_path)

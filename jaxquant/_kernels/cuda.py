@@ -123,7 +123,9 @@ def attend(
         q = q.astype(dtype)
     windows = pair_window(keys), pair_window(values)
     bits, scales = (width(keys), width(values)), (keys.scale_dtype, values.scale_dtype)
-    shape = cuda_blocks.shape(dim, heads, _vector(dim, bits, scales), windows)
+    wide = cuda_blocks.wide(batch * kv_heads, slots, page)
+    capability = nvrtc.capability() or (9, 0)
+    shape = cuda_blocks.shape(dim, heads, _vector(dim, bits, scales), windows, capability, wide=wide)
     passes = -(-heads // shape.columns)
     parts = cuda_blocks.parts(batch * kv_heads * passes, slots, shape)
     decode, combine = kernels(
@@ -137,9 +139,11 @@ def attend(
         soft_cap=rule.soft_cap is not None,
         sliding=rule.sliding_window is not None,
         even=slots % 8 == 0,
+        wide=wide,
         page=page,
         whole=parts == 1,
         windows=windows,
+        capability=capability,
     )
     nothing = jnp.zeros((), jnp.float32)
     results = [
@@ -200,17 +204,15 @@ def kernels(
     soft_cap: bool,
     sliding: bool,
     even: bool,
+    wide: bool,
+    capability: tuple[int, int],
     page: int = 0,
     whole: bool = False,
     windows: tuple[int, int] = (0, 0),
-    capability: tuple[int, int] | None = None,
 ) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
     """Compile `decode` and `combine` for one configuration."""
-    capability = capability or nvrtc.capability() or (9, 0)
     ways = 8
-    vector = _vector(dim, bits, scales)
-    shape = cuda_blocks.shape(dim, heads, vector, windows)
-    stages, shared = cuda_blocks.stages(shape, dim, vector, windows)
+    shape = cuda_blocks.shape(dim, heads, _vector(dim, bits, scales), windows, capability, wide=wide)
     constants = {
         "D": dim,
         "HEADS": heads,
@@ -227,7 +229,8 @@ def kernels(
         "WARPS": shape.warps,
         "BLOCKS": shape.blocks,
         "WAYS": ways,
-        "STAGES": stages,
+        "TILE": shape.tile,
+        "STAGES": shape.stages,
         "KEY_WINDOW": windows[0],
         "VALUE_WINDOW": windows[1],
         "EVEN": int(even),
@@ -238,7 +241,8 @@ def kernels(
     named = f"constexpr Book KEY_BOOK = {books[0]}, VALUE_BOOK = {books[1]};"
     parts = "words.cuh", "codes.cuh", numbers, named, "join.cuh", "windows.cuh", "stages.cuh", "decode.cu"
     joining = nvrtc.source(numbers, "join.cuh", "combine.cu")
+    threads, shared = 32 * shape.warps, shape.shared
     return (
-        nvrtc.Kernel("decode", nvrtc.source(*parts), threads=32 * shape.warps, capability=capability, shared=shared),
+        nvrtc.Kernel("decode", nvrtc.source(*parts), threads=threads, capability=capability, shared=shared),
         nvrtc.Kernel("combine", joining, threads=32 * ways, capability=capability),
     )

@@ -5,44 +5,80 @@ from typing import NamedTuple
 
 import jax
 
-TILE = 32  # tokens
-_MOST_STAGES = 3
-_SHARED = 218 * 1024  # bytes of a multiprocessor's shared memory that its blocks share
+TILE, _WIDE = 32, 64  # tokens that a warp reads at a time
+_WIDE_WARPS = 12
+_MOST_STAGES = 3  # of narrow tiles, and 2 of wide ones
+_SHARED = {(8, 0): 154, (8, 7): 154, (9, 0): 218, (10, 0): 218, (10, 3): 218, (11, 0): 218}  # KB that stages can take
+_LEAST_SHARED = 90  # on all others
 
 
 class Shape(NamedTuple):
-    """Query heads and warps of a block, and blocks that a multiprocessor is to hold, which bounds their registers."""
+    """A block, and how many of them a multiprocessor is to hold, which bounds their registers.
+
+    Attributes:
+        columns: query heads.
+        warps: of 32 lanes.
+        blocks: of a multiprocessor.
+        tile: tokens that a warp reads at a time.
+        stages: tiles of a warp that are under way.
+        shared: bytes of dynamic shared memory.
+    """
 
     columns: int
     warps: int
     blocks: int
+    tile: int
+    stages: int
+    shared: int
 
 
-def shape(dim: int, heads: int, vector: int, windows: tuple[int, int]) -> Shape:
+def shape(
+    dim: int, heads: int, vector: int, windows: tuple[int, int], capability: tuple[int, int], *, wide: bool
+) -> Shape:
     """Choose a block.
+
+    One block of twelve warps with wide tiles has more instructions between two waits, and more registers, than two of
+    eight with narrow ones, and is faster where there is room for it.
 
     Args:
         dim: of a vector.
         heads: query heads that share a kv head.
         vector: bytes of a key, a value and their scales.
         windows: bits of the windows of trellis codes, of keys and of values; 0 for scalar codes.
+        capability: of the GPU.
+        wide: whether tiles may have 64 tokens, see `wide`.
     """
+    columns = 16 if heads > 8 and dim < 256 else 8
+    room = 1024 * _SHARED.get(capability, _LEAST_SHARED) - (4 if windows[0] else 2) * columns * (dim + 8) - 2048
+    room -= _table(windows)
+
+    def made(warps: int, blocks: int, tile: int) -> Shape:
+        each = warps * tile * vector
+        stages = 2 if tile == _WIDE else max(2, min(_MOST_STAGES, room // blocks // each))
+        shared = max(stages * each, 4 * warps * columns * (dim + 1))
+        return Shape(columns, warps, blocks, tile, stages, _table(windows) + shared)
+
     if any(windows):  # a multiprocessor has room for one table
         wanted = 8 if heads > 8 or dim == 256 else 16 if heads <= 4 else 12
-        fitting = (_SHARED - 6 * 1024 - _table(windows)) // (2 * TILE * vector)
-        return Shape(columns=16 if heads > 8 and dim < 256 else 8, warps=min(wanted, fitting // 2 * 2), blocks=1)
-    if dim == 256:
-        return Shape(columns=8, warps=4, blocks=2)
-    return Shape(columns=16, warps=6, blocks=2) if heads > 8 else Shape(columns=8, warps=8, blocks=2)
+        return made(min(wanted, room // (2 * TILE * vector) // 2 * 2), 1, TILE)
+    if wide and heads <= 8 and dim < 256 and 2 * _WIDE_WARPS * _WIDE * vector <= room:
+        return made(_WIDE_WARPS, 1, _WIDE)
+    warps = 4 if dim == 256 else 6 if heads > 8 else 8
+    while warps > 1 and 2 * warps * TILE * vector > room:
+        warps //= 2
+    return made(warps, 2, TILE)
 
 
-def stages(shape: Shape, dim: int, vector: int, windows: tuple[int, int]) -> tuple[int, int]:
-    """Give the tiles of a warp that are under way, and the bytes of shared memory of a block: see `shape`."""
-    table = _table(windows)
-    room = _SHARED // shape.blocks - table - (4 if windows[0] else 2) * shape.columns * (dim + 8) - 2048
-    tile = shape.warps * TILE * vector
-    under_way = max(2, min(_MOST_STAGES, room // tile))
-    return under_way, max(table + under_way * tile, 4 * shape.warps * shape.columns * (dim + 1))
+def wide(rows: int, slots: int, page: int) -> bool:
+    """Say whether tiles may have 64 tokens: buffers and pages allow it, and there is enough to read for all blocks.
+
+    Args:
+        rows: kv heads of all rows of the batch.
+        slots: tokens that a row has room for.
+        page: tokens of a page, or 0.
+    """
+    fits = slots >= _WIDE and slots % 8 == 0 and page % _WIDE == 0
+    return fits and rows * slots >= 2 * cores() * _WIDE_WARPS * _WIDE
 
 
 def _table(windows: tuple[int, int]) -> int:
@@ -55,10 +91,10 @@ def parts(rows: int, slots: int, shape: Shape) -> int:
     The unit is the time of a tile. A block starts and ends in about two of them, and so does what joins parts.
     """
     places = shape.blocks * cores()
-    most = max(1, min(256, slots // (TILE * shape.warps)))
+    most = max(1, min(256, slots // (shape.tile * shape.warps)))
 
     def cost(count: int) -> float:
-        tiles = math.ceil(slots / (TILE * shape.warps * count))
+        tiles = math.ceil(slots / (shape.tile * shape.warps * count))
         return math.ceil(rows * count / places) * (tiles + 2) + (2 + 0.02 * count) * (count > 1)
 
     return min(range(1, most + 1), key=cost)

@@ -69,7 +69,7 @@ def source(*parts: str) -> str:
     """Put a source together: files of `sources/` after the ones all need, and text that is no file's name."""
     folder = importlib.resources.files("jaxquant._kernels") / "sources"
     files = ("intrinsics.cuh", "rotate.cuh", *parts)
-    return f"constexpr int MOVE = {os.environ.get('MOVE', 0)};\n" + "\n".join((folder / part).read_text() if part.endswith((".cu", ".cuh")) else part for part in files)
+    return "\n".join((folder / part).read_text() if part.endswith((".cu", ".cuh")) else part for part in files)
 
 
 def constants(values: dict[str, int]) -> str:

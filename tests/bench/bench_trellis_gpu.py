@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import _attention_peers, _stopwatch, attention_benchmark, cache, quantizers
-from jaxquant._kernels import cuda, cuda_blocks, cuda_encode, cuda_trellis
+from jaxquant._kernels import cuda_encode, cuda_trellis
 from jaxquant.attention_benchmark import Shape
 from jaxquant.methods import trellis, turboquant
 
@@ -83,21 +83,6 @@ def blocks(count: int | None) -> Iterator[None]:
         cuda_trellis.kernel.cache_clear()
         yield
     cuda_trellis.kernel.cache_clear()
-
-
-@contextlib.contextmanager
-def warps(count: int | None) -> Iterator[None]:
-    """Let a block of attention over trellis codes have so many warps."""
-    chosen = cuda_blocks.shape
-
-    def varied(dim: int, heads: int, vector: int, windows: tuple[int, int]) -> Any:
-        shape = chosen(dim, heads, vector, windows)
-        return shape._replace(warps=count) if any(windows) and count else shape
-
-    with mock.patch.object(cuda_blocks, "shape", varied):
-        cuda.kernels.cache_clear()
-        yield
-    cuda.kernels.cache_clear()
 
 
 class Table:
@@ -205,10 +190,6 @@ def measure_attention(table: Table, quick: bool, bandwidth: float) -> None:
             ("trellis K2V2, 32 states", fewer, (2, 2)),
         ):
             table.add(name, functools.partial(of.codes, name, pair, bits), show)
-        for count in () if quick else (8, 12):
-            with warps(count):
-                name = f"  trellis, {count} warps a block"
-                table.add(name, functools.partial(of.codes, name, some, (2, 2)), show)
 
 
 def main() -> int:

@@ -99,7 +99,6 @@ struct Share {
 template <int BITS, Book BOOK, bool KEYS>
 struct Lookup {
     u32 table[4];
-    u32 upper;  // 2^16, which the compiler does not know
     const u16* halves;
     float step, offset;
 
@@ -134,7 +133,6 @@ struct Lookup {
             table[2] = ~table[0], table[3] = ~table[1];
             offset = -1.0f;
         }
-        upper = high > low ? 1u << 16 : 0;
         if (!KEYS) {
             const float subnormal = 16777216.0f;
             step *= subnormal;
@@ -147,12 +145,12 @@ struct Lookup {
 
     // Bytes of nibbles 0 to 3, and of 4 to 7.
     DEVICE void look_up(u32 z, u32& low, u32& high) const {
-        const u32 index = BITS == 4 ? z & 0x77777777u : z, rest = MOVE & 2 ? upper_half(index, upper) : index >> 16;
-        low = permute(table[0], table[1], index), high = permute(table[0], table[1], rest);
+        const u32 index = BITS == 4 ? z & 0x77777777u : z;
+        low = permute(table[0], table[1], index), high = permute(table[0], table[1], index >> 16);
         if (BITS == 4 && BOOK == ANY) {
             const u32 signs_low = permute(z, z << 4, 0x9d8c), signs_high = permute(z, z << 4, 0xbfae);
             const u32 other_low = permute(table[2], table[3], index);
-            const u32 other_high = permute(table[2], table[3], rest);
+            const u32 other_high = permute(table[2], table[3], index >> 16);
             low = (low & ~signs_low) | (other_low & signs_low);
             high = (high & ~signs_high) | (other_high & signs_high);
         }
@@ -162,9 +160,7 @@ struct Lookup {
     DEVICE void look_up(u32 z, u32 (&low)[2], u32 (&high)[2]) const {
         const u32 flipped = z ^ 0x88888888u;
         low[0] = permute(table[0], table[1], z), low[1] = permute(table[2], table[3], flipped);
-        const u32 z_rest = MOVE & 1 ? upper_half(z, upper) : z >> 16;
-        const u32 flipped_rest = MOVE & 4 ? z_rest ^ 0x8888u : MOVE & 1 ? upper_half(flipped, upper) : flipped >> 16;
-        high[0] = permute(table[0], table[1], z_rest), high[1] = permute(table[2], table[3], flipped_rest);
+        high[0] = permute(table[0], table[1], z >> 16), high[1] = permute(table[2], table[3], flipped >> 16);
     }
 
     // Halves of nibbles (0, 2), (1, 3), (4, 6), (5, 7).
@@ -200,11 +196,10 @@ struct AcrossCoordinates {
     static DEVICE void operands(const Mine& share, int i, int lane, const Books& book, u32 (&out)[PER_WORD][TERMS]) {
         const u32 word = share.field[i];
         if constexpr (BOOK == UNIFORM) {
-            const u32 rest = MOVE & 8 ? upper_half(word, book.upper << 12) : word >> 4;
             out[0][0] = word & 0x03030303u;
             out[1][0] = word & 0x0c0c0c0cu;
-            out[2][0] = rest & 0x03030303u;
-            out[3][0] = rest & 0x0c0c0c0cu;
+            out[2][0] = word >> 4 & 0x03030303u;
+            out[3][0] = word >> 4 & 0x0c0c0c0cu;
         } else if constexpr (BOOK == TABLE) {
             out[0][0] = book.halves[word & 255] | (u32)book.halves[word >> 8 & 255] << 16;
             out[1][0] = book.halves[word >> 16 & 255] | (u32)book.halves[word >> 24] << 16;
@@ -244,11 +239,10 @@ struct AcrossTokens {
 #pragma unroll
             for (int half = 0; half < HALVES; half++) {
                 u32 word = permute(a.field[i], b.field[i], half ? 0x7632 : 0x5410);
-                const u32 rest = MOVE & 8 ? upper_half(word, book.upper << 8) : word >> 8;
 #pragma unroll
                 for (int p = 0; p < 4; p++) {
                     pair[8 * half + p] = word & (0x00030003u << 2 * p);
-                    pair[8 * half + 4 + p] = rest & (0x00030003u << 2 * p);
+                    pair[8 * half + 4 + p] = (word >> 8) & (0x00030003u << 2 * p);
                 }
             }
         } else if constexpr (BOOK == TABLE) {

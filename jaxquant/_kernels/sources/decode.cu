@@ -13,7 +13,7 @@
 //
 // Compiled with: D, HEADS (that share a kv head), KEY_BITS, VALUE_BITS, KEY_BOOK, VALUE_BOOK, KEY_SCALES, VALUE_SCALES,
 // QUERIES (0 float, 1 bfloat16, 2 half), OUTPUT, KEY_ROUNDS, VALUE_ROUNDS, SOFT_CAP, SLIDING (0 or 1), WARPS, BLOCKS (per
-// multiprocessor), STAGES (tiles of a warp in shared memory), KEY_WINDOW and VALUE_WINDOW (see windows.cuh), EVEN (1 where
+// multiprocessor), TILE (tokens), STAGES (tiles of a warp in shared memory), KEY_WINDOW and VALUE_WINDOW (see windows.cuh), EVEN (1 where
 // slots are a multiple of 8), PAGE (tokens of a page, a multiple of 32, or 0 where a row's tokens are neighbours), WHOLE
 // (1 where a row is one part, whose output is written here, 0 where `combine` joins them).
 
@@ -21,6 +21,7 @@ constexpr int COLUMNS = HEADS > 8 && D <= 128 ? 16 : 8;
 constexpr int SIDES = COLUMNS / 8;               // products of values
 constexpr int FOURS = (HEADS < COLUMNS ? HEADS + 3 : COLUMNS) / 4;  // products of keys
 constexpr int THREADS = 32 * WARPS;
+constexpr int EIGHTS = TILE / 8;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float FAR = -1e30f;
 
@@ -226,55 +227,56 @@ KERNEL(THREADS, BLOCKS) decode(
         const int here = at < last_start ? at : last_start;
         const int begin = at > first ? at : first;  // tokens before it belong to another tile
 
-        Keys::Mine keys[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) keys[j].load(stage + (8 * j + mix) * Keys::L::ROW, t);
-        Score score[FOURS][2][4];
-#pragma unroll
-        for (int k = 0; k < FOURS; k++)
-#pragma unroll
-            for (int c = 0; c < 8; c++) score[k][c / 4][c % 4] = 0;
-#pragma unroll
-        for (int i = 0; i < KEY_WORDS; i++) {
-            u32 x[4][Keys::PER_WORD][Keys::TERMS];
-#pragma unroll
-            for (int j = 0; j < 4; j++) Keys::operands(keys[j], i, t, key_book, x[j]);
-#pragma unroll
-            for (int h = 0; h < Keys::PER_WORD; h += 2) {
-                const int step = (i * Keys::PER_WORD + h) / 2;
-#pragma unroll
-                for (int s = 0; s < 2; s++)
-#pragma unroll
-                    for (int k = 0; k < FOURS; k++)
-#pragma unroll
-                        for (int e = 0; e < Keys::TERMS; e++)
-                            product(score[k][s], x[2 * s][h][e], x[2 * s + 1][h][e], x[2 * s][h + 1][e],
-                                    x[2 * s + 1][h + 1][e], query[step][k][0], query[step][k][1]);
-            }
-        }
-        float key_scale[4], value_scale[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            key_scale[j] = read(stage + KEY_SCALES_AT, 8 * j + mix, KEY_SCALES) * key_unit;
-            value_scale[j] = read(stage + VALUE_SCALES_AT, 8 * j + mix, VALUE_SCALES);
-        }
-
         // weight[k][j]: of key 8 j + mix(g) and head 4 k + t.
-        float weight[FOURS][4];
+        float weight[FOURS][EIGHTS], value_scale[EIGHTS];
 #pragma unroll
-        for (int k = 0; k < FOURS; k++)
+        for (int first_j = 0; first_j < EIGHTS; first_j += 4) {
+            Keys::Mine keys[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) keys[j].load(stage + (8 * (first_j + j) + mix) * Keys::L::ROW, t);
+            Score score[FOURS][2][4];
+#pragma unroll
+            for (int k = 0; k < FOURS; k++)
+#pragma unroll
+                for (int c = 0; c < 8; c++) score[k][c / 4][c % 4] = 0;
+#pragma unroll
+            for (int i = 0; i < KEY_WORDS; i++) {
+                u32 x[4][Keys::PER_WORD][Keys::TERMS];
+#pragma unroll
+                for (int j = 0; j < 4; j++) Keys::operands(keys[j], i, t, key_book, x[j]);
+#pragma unroll
+                for (int h = 0; h < Keys::PER_WORD; h += 2) {
+                    const int step = (i * Keys::PER_WORD + h) / 2;
+#pragma unroll
+                    for (int s = 0; s < 2; s++)
+#pragma unroll
+                        for (int k = 0; k < FOURS; k++)
+#pragma unroll
+                            for (int e = 0; e < Keys::TERMS; e++)
+                                product(score[k][s], x[2 * s][h][e], x[2 * s + 1][h][e], x[2 * s][h + 1][e],
+                                        x[2 * s + 1][h + 1][e], query[step][k][0], query[step][k][1]);
+                }
+            }
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                float x = (whole(score[k][j / 2][2 * (j % 2)], score[k][j / 2][2 * (j % 2) + 1]) + bias[k]) * key_scale[j];
-                if (SOFT_CAP) {
-                    const float cap = soft_cap[0];
-                    x = cap * LOG2_E * (1.0f - 2.0f / (1.0f + exp2_(x * (2.0f * LOG2_E / cap))));
+                const int token = 8 * (first_j + j) + mix;
+                const float key_scale = read(stage + KEY_SCALES_AT, token, KEY_SCALES) * key_unit;
+                value_scale[first_j + j] = read(stage + VALUE_SCALES_AT, token, VALUE_SCALES);
+#pragma unroll
+                for (int k = 0; k < FOURS; k++) {
+                    float x = whole(score[k][j / 2][2 * (j % 2)], score[k][j / 2][2 * (j % 2) + 1]) + bias[k];
+                    x *= key_scale;
+                    if (SOFT_CAP) {
+                        const float cap = soft_cap[0];
+                        x = cap * LOG2_E * (1.0f - 2.0f / (1.0f + exp2_(x * (2.0f * LOG2_E / cap))));
+                    }
+                    weight[k][first_j + j] = x;
                 }
-                weight[k][j] = x;
             }
+        }
         if (here < begin || here + TILE > stop) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
+            for (int j = 0; j < EIGHTS; j++) {
                 const int slot = here + 8 * j + mix;
                 if (slot < begin || slot >= stop) {
 #pragma unroll
@@ -284,13 +286,15 @@ KERNEL(THREADS, BLOCKS) decode(
             }
         }
 
-        float most[FOURS];
-        float widest = fmaxf(fmaxf(fabsf(value_scale[0]), fabsf(value_scale[1])),
-                             fmaxf(fabsf(value_scale[2]), fabsf(value_scale[3])));
+        float most[FOURS], widest = 0.0f;
+#pragma unroll
+        for (int j = 0; j < EIGHTS; j++) widest = fmaxf(widest, fabsf(value_scale[j]));
         bool left_behind = widest * grown > 128.0f;
 #pragma unroll
         for (int k = 0; k < FOURS; k++) {
-            most[k] = fmaxf(fmaxf(weight[k][0], weight[k][1]), fmaxf(weight[k][2], weight[k][3]));
+            most[k] = weight[k][0];
+#pragma unroll
+            for (int j = 1; j < EIGHTS; j++) most[k] = fmaxf(most[k], weight[k][j]);
             left_behind |= most[k] > peak[k] + 8.0f;
         }
         if (any_lane(left_behind)) {
@@ -323,9 +327,9 @@ KERNEL(THREADS, BLOCKS) decode(
                 }
             }
         }
-        u32 turned[SIDES][4];
+        u32 turned[SIDES][EIGHTS];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
+        for (int j = 0; j < EIGHTS; j++) {
             const float factor = value_scale[j] * grown;
             float x[2 * SIDES];
 #pragma unroll
@@ -342,7 +346,7 @@ KERNEL(THREADS, BLOCKS) decode(
             for (int side = 0; side < SIDES; side++) turned[side][j] = transpose(pack_halves(x[2 * side], x[2 * side + 1]));
         }
 #pragma unroll
-        for (int s = 0; s < 2; s++) {
+        for (int s = 0; s < EIGHTS / 2; s++) {
             if (has_offset(VALUE_BOOK)) {
                 const u32 ones = 0x3c003c00u;
 #pragma unroll

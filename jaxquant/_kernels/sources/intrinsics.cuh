@@ -53,10 +53,6 @@ DEVICE u32 permute(u32 a, u32 b, u32 selector) {
     return x;
 }
 
-// x * factor >> 32: with a factor of 2^(32 - n), which must not be known when this is compiled, a shift by n that leaves
-// the pipe of permutations and masks alone.
-DEVICE u32 upper_half(u32 x, u32 factor) { return __umulhi(x, factor); }
-
 // The lower half of high:low >> shift.
 DEVICE u32 funnel(u32 low, u32 high, int shift) { return __funnelshift_r(low, high, shift); }
 

@@ -1,8 +1,6 @@
 // Tiles of tokens on their way from global to shared memory: a warp copies its own, lane by lane, some tiles ahead.
 //
 // A stage holds a tile's key codes, value codes, key scales and value scales, as they lie in memory.
-constexpr int TILE = 32;
-
 typedef AcrossCoordinates<D, KEY_BITS, KEY_BOOK> Keys;
 typedef AcrossTokens<D, VALUE_BITS, VALUE_BOOK> Values;
 
@@ -45,9 +43,10 @@ DEVICE Source source_of(const u8* keys, const u8* values, const u8* key_scales, 
     Source from;
     from.keys = keys + lane * KEY_UNIT;
     from.values = values + lane * VALUE_UNIT;
-    const bool of_keys = lane < 2 * KEY_SCALE_BYTES;
-    from.scales = of_keys ? key_scales + 16 * lane : value_scales + 16 * (lane - 2 * KEY_SCALE_BYTES);
-    from.scale_bytes = of_keys ? KEY_SCALE_BYTES : lane < 2 * (KEY_SCALE_BYTES + VALUE_SCALE_BYTES) ? VALUE_SCALE_BYTES : 0;
+    constexpr int for_keys = TILE * KEY_SCALE_BYTES / 16, for_values = TILE * VALUE_SCALE_BYTES / 16;
+    const bool of_keys = lane < for_keys;
+    from.scales = of_keys ? key_scales + 16 * lane : value_scales + 16 * (lane - for_keys);
+    from.scale_bytes = of_keys ? KEY_SCALE_BYTES : lane < for_keys + for_values ? VALUE_SCALE_BYTES : 0;
     if (!EVEN) from.scales = key_scales;
     return from;
 }

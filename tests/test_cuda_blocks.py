@@ -1,0 +1,59 @@
+"""How decode attention is dealt out: blocks have the shared memory they ask for, on every kind of GPU."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxquant._kernels import cuda_blocks
+
+# KB that a block can have, CUDA C++ Programming Guide, table of technical specifications per compute capability
+MOST = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+
+
+def static(shape: cuda_blocks.Shape, dim: int, *, keys_are_halves: bool) -> int:
+    """Count what a block of `decode.cu` declares: queries, tables of 8 bits, sums of warps."""
+    queries = (4 if keys_are_halves else 2) * shape.columns * (dim + 8)
+    return queries + 2 * 512 + 8 * shape.warps * shape.columns + 4 * shape.columns
+
+
+@given(
+    capability=st.sampled_from(sorted(MOST)),
+    dim=st.sampled_from([64, 80, 96, 128, 256]),
+    heads=st.integers(1, 16),
+    bits=st.tuples(st.sampled_from([2, 3, 4, 8]), st.sampled_from([2, 3, 4, 8])),
+    scales=st.sampled_from([4, 6, 8]),
+    wide=st.booleans(),
+)
+def test_blocks_fit_into_shared_memory(capability, dim, heads, bits, scales, wide):
+    vector = sum(bits) * dim // 8 + scales
+    shape = cuda_blocks.shape(dim, heads, vector, (0, 0), capability, wide=wide)
+    assert shape.shared + static(shape, dim, keys_are_halves=False) <= 1024 * MOST[capability]
+    assert shape.shared >= shape.stages * shape.warps * shape.tile * vector
+    assert shape.stages >= 2
+    assert shape.warps >= 1
+
+
+@pytest.mark.parametrize("windows", [(10, 10), (9, 0), (0, 10)])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("heads", [1, 8, 16])
+def test_blocks_with_tables_fit_too(windows, dim, heads):
+    shape = cuda_blocks.shape(dim, heads, 2 * (dim // 4 + 2), windows, (9, 0), wide=True)
+    assert shape.shared + static(shape, dim, keys_are_halves=windows[0] > 0) <= 1024 * MOST[9, 0]
+    assert shape.tile == cuda_blocks.TILE
+
+
+@pytest.mark.parametrize(
+    ("rows", "slots", "page", "wide"),
+    [
+        (8, 131_072, 0, True),
+        (8, 4096, 0, False),
+        (256, 131_071, 0, False),
+        (256, 4096, 64, True),
+        (256, 4096, 96, False),
+    ],
+)
+def test_wide_tiles_are_for_much_to_read(rows, slots, page, wide, monkeypatch):
+    monkeypatch.setattr(cuda_blocks, "cores", lambda: 132)
+    assert cuda_blocks.wide(rows, slots, page) == wide
+    shape = cuda_blocks.shape(128, 4, 132, (0, 0), (9, 0), wide=wide)
+    assert (shape.tile, shape.blocks) == ((64, 1) if wide else (32, 2))
