@@ -264,7 +264,7 @@ MUTANTS = {
     "values of half a wide tile": ("s < EIGHTS / 2;", "s < 2;", WIDE),
     "scales of half a wide tile": ("for_keys = TILE *", "for_keys = 32 *", WIDE),
     "peaks of half a wide tile": ("j = 1; j < EIGHTS; j++) most", "j = 1; j < 4; j++) most", WIDE),
-    "wide tiles end beyond the tokens": ("slot < begin || slot >= stop", "j < 4 && (slot < begin || slot >= stop)", WIDE),
+    "wide tiles do not end": ("slot < begin || slot >= stop", "j < 4 && (slot < begin || slot >= stop)", WIDE),
     "values have the levels of keys": ("apart = any_lane(apart);", "apart = false;", APART),
     "keys have the levels of values": ("(!apart || lane < 16)", "!apart", APART),
 }  # fmt: skip
