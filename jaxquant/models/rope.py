@@ -35,7 +35,10 @@ class Rope:
     original_positions: int = 8192
 
     def frequencies(self, dim: int) -> Float[np.ndarray, " half"]:
-        """Return radians per token of each of the `dim / 2` pairs.
+        """Return radians per token of each of the `dim / 2` pairs, rounded to float32 after each step.
+
+        So do the implementations that models are trained with: of 512 tokens, a frequency that is one unit in the last
+        place away turns the fastest pairs 3e-5 radians too far.
 
         Args:
             dim: head dimension, even.
@@ -43,14 +46,16 @@ class Rope:
         >>> Rope(theta=100.0).frequencies(4).tolist()
         [1.0, 0.10000000149011612]
         """
-        frequency = self.theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+        exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+        wavelength = (self.theta ** exponent.astype(np.float64)).astype(np.float32)
+        frequency = np.float32(1) / wavelength
         if self.scaling == "linear":
-            frequency = frequency / self.factor
+            frequency = frequency / np.float32(self.factor)
         elif self.scaling == "llama3":
-            turns = self.original_positions * frequency / (2 * math.pi)
+            turns = self.original_positions * frequency / np.float32(2 * math.pi)
             keep = (turns - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
             keep = np.clip(keep, 0.0, 1.0)
-            frequency = frequency * (keep + (1 - keep) / self.factor)
+            frequency = (1 - keep) * (frequency / np.float32(self.factor)) + keep * frequency
         return frequency.astype(np.float32)
 
 

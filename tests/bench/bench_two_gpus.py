@@ -1,12 +1,14 @@
 """Decode attention over two devices against one: kv heads, rows or tokens shared, and a context too long for bfloat16.
 
-    python tests/bench/bench_two_gpus.py [--quick] [--seconds 240] [--json FILE]
+    python tests/bench/bench_two_gpus.py [--quick] [--symmetric] [--seconds 240] [--json FILE]
 
 Shapes are those of an 8B model (32 heads, 8 kv heads of 128); codes are a hash of their place, the same on one device
-and on two. Every time is that of one call in a jitted loop over layers, in which each call's queries depend on the
-result of the call before. Both results are compared at the first and the last layer, in float32: the largest difference
+and on two. Every time is that of one call, of layers one after another as in a decoder, in which each call's queries
+depend on the result of the call before. Both results are compared at the first and the last layer, in float32: the largest difference
 over the largest number, beside that to a wrong operand (heads in another order). On machines without two GPUs simulated
 CPU devices and tiny shapes check that it runs: `XLA_FLAGS=--xla_force_host_platform_device_count=2`.
+
+With `--symmetric`, NCCL has symmetric buffers (an experimental flag of XLA), and only tokens are shared.
 
 The last part holds what an 8B model needs on one device: its weights (as bytes) and 32 layers of 1,048,576 tokens.
 Exit status 1 where a part failed, results differ, or, on GPUs, a goal is missed. A part that would begin after
@@ -24,6 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+if "--symmetric" in sys.argv:
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_experimental_enable_nccl_symmetric_buffers"
 
 import hashed_codes
 import jax
@@ -91,10 +95,9 @@ def measured(case: Case, layout: sharding.Layout | None) -> tuple[dict[str, Any]
         return sharding.decode_attention(layout, q, held, layer, implementation=IMPLEMENTATION)[0]
 
     def step(q: jax.Array, held: KVCache) -> jax.Array:
-        def body(layer: jax.Array, q: jax.Array) -> jax.Array:
-            return _stopwatch.chained(q, attend(q, held, layer))
-
-        return lax.fori_loop(0, case.layers, body, q)
+        for layer in range(case.layers):  # as decoders are traced
+            q = _stopwatch.chained(q, attend(q, held, jnp.int32(layer)))
+        return q
 
     def queries(dtype: Any) -> jax.Array:
         q = jax.random.normal(jax.random.key(1), (case.shape.batch, case.shape.heads, case.shape.dim), dtype)
@@ -174,6 +177,7 @@ def main() -> int:
     """Print a line for each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a quarter of the tokens, four layers")
+    parser.add_argument("--symmetric", action="store_true", help="symmetric buffers for NCCL, tokens only")
     parser.add_argument("--seconds", type=float, default=240.0, help="after which no part begins")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -202,6 +206,8 @@ def main() -> int:
 
     alone = functools.cache(lambda bits, shape, layers: measured(Case("", bits, shape, layers), None))
     for case in cases(arguments.quick):
+        if arguments.symmetric and case.axis != "tokens":
+            continue
         name = f"{case.bits}, {case.shape.batch} x {case.shape.tokens:,}, {case.axis} over 2"
         one = functools.partial(alone, case.bits, case.shape, case.layers)
         row = attempt(name, functools.partial(compare, case, mesh, one))
@@ -225,7 +231,7 @@ def main() -> int:
     if "us" in row:
         print(f"the exchange of a token-sharded step alone: {row['us']:.1f} us", flush=True)
 
-    row = attempt("one device", functools.partial(whole_model, arguments.quick))
+    row = attempt("one device", functools.partial(whole_model, arguments.quick)) if not arguments.symmetric else {}
     results["one_device"] = row
     if "step_ms" in row:
         limit = f" of {row['memory'] / GIB:.1f} GiB that may be taken" if row["memory"] else ""
