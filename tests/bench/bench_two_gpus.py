@@ -4,9 +4,10 @@
 
 Shapes are those of an 8B model (32 heads, 8 kv heads of 128); codes are a hash of their place, the same on one device
 and on two. Every time is that of one call, of layers one after another as in a decoder, in which each call's queries
-depend on the result of the call before. Both results are compared at the first and the last layer, in float32: the largest difference
-over the largest number, beside that to a wrong operand (heads in another order). On machines without two GPUs simulated
-CPU devices and tiny shapes check that it runs: `XLA_FLAGS=--xla_force_host_platform_device_count=2`.
+depend on the result of the call before. Both results are compared at the first and the last layer, in float32: the
+largest difference over the largest number, beside that to a wrong operand (heads in another order). On machines without
+two GPUs simulated CPU devices and tiny shapes check that it runs:
+`XLA_FLAGS=--xla_force_host_platform_device_count=2`.
 
 With `--symmetric`, NCCL has symmetric buffers (an experimental flag of XLA), and only tokens are shared.
 
