@@ -22,6 +22,7 @@ constexpr int SIDES = COLUMNS / 8;               // products of values
 constexpr int FOURS = (HEADS < COLUMNS ? HEADS + 3 : COLUMNS) / 4;  // products of keys
 constexpr int THREADS = 32 * WARPS;
 constexpr int EIGHTS = TILE / 8;
+constexpr int CHAINS = TILE > 32 ? Keys::TERMS : 1;  // of products that wait for each other, where registers allow it
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float FAR = -1e30f;
 
@@ -234,11 +235,11 @@ KERNEL(THREADS, BLOCKS) decode(
             Keys::Mine keys[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) keys[j].load(stage + (8 * (first_j + j) + mix) * Keys::L::ROW, t);
-            Score score[FOURS][2][4];
+            Score score[FOURS][2][CHAINS][4];
 #pragma unroll
             for (int k = 0; k < FOURS; k++)
 #pragma unroll
-                for (int c = 0; c < 8; c++) score[k][c / 4][c % 4] = 0;
+                for (int c = 0; c < 8 * CHAINS; c++) score[k][c / 4 % 2][c / 8][c % 4] = 0;
 #pragma unroll
             for (int i = 0; i < KEY_WORDS; i++) {
                 u32 x[4][Keys::PER_WORD][Keys::TERMS];
@@ -253,7 +254,7 @@ KERNEL(THREADS, BLOCKS) decode(
                         for (int k = 0; k < FOURS; k++)
 #pragma unroll
                             for (int e = 0; e < Keys::TERMS; e++)
-                                product(score[k][s], x[2 * s][h][e], x[2 * s + 1][h][e], x[2 * s][h + 1][e],
+                                product(score[k][s][e % CHAINS], x[2 * s][h][e], x[2 * s + 1][h][e], x[2 * s][h + 1][e],
                                         x[2 * s + 1][h + 1][e], query[step][k][0], query[step][k][1]);
                 }
             }
@@ -264,8 +265,13 @@ KERNEL(THREADS, BLOCKS) decode(
                 value_scale[first_j + j] = read(stage + VALUE_SCALES_AT, token, VALUE_SCALES);
 #pragma unroll
                 for (int k = 0; k < FOURS; k++) {
-                    float x = whole(score[k][j / 2][2 * (j % 2)], score[k][j / 2][2 * (j % 2) + 1]) + bias[k];
-                    x *= key_scale;
+                    Score upper = 0, lower = 0;
+#pragma unroll
+                    for (int chain = 0; chain < CHAINS; chain++) {
+                        upper += score[k][j / 2][chain][2 * (j % 2)];
+                        lower += score[k][j / 2][chain][2 * (j % 2) + 1];
+                    }
+                    float x = (whole(upper, lower) + bias[k]) * key_scale;
                     if (SOFT_CAP) {
                         const float cap = soft_cap[0];
                         x = cap * LOG2_E * (1.0f - 2.0f / (1.0f + exp2_(x * (2.0f * LOG2_E / cap))));
