@@ -17,12 +17,12 @@ BOOKS = {2: "UNIFORM", 3: "ANY", 4: "SIGNED", 8: "TABLE"}
 
 # Registers and instructions on 2026-11-28, by bits of keys and values, query heads of a kv head, tiles, and capability.
 DECODE = {
-    (4, 4, 4, "wide", H200): (128, 2536),
-    (4, 2, 4, "wide", H200): (130, 2304),
+    (4, 4, 4, "wide", H200): (134, 2560),
+    (4, 2, 4, "wide", H200): (140, 2328),
     (2, 2, 4, "wide", H200): (117, 2080),
     (3, 3, 4, "wide", H200): (128, 2600),
-    (4, 4, 8, "wide", H200): (154, 2976),
-    (4, 2, 8, "wide", H200): (160, 2744),
+    (4, 4, 8, "wide", H200): (168, 3008),
+    (4, 2, 8, "wide", H200): (168, 2776),
     (2, 2, 8, "wide", H200): (141, 2544),
     (3, 3, 8, "wide", H200): (150, 3016),
     (4, 4, 4, "narrow", H200): (120, 2040),

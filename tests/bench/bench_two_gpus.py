@@ -1,6 +1,6 @@
 """Decode attention over two devices against one: kv heads, rows or tokens shared, and a context too long for bfloat16.
 
-    python tests/bench/bench_two_gpus.py [--quick] [--symmetric] [--seconds 240] [--json FILE]
+    python tests/bench/bench_two_gpus.py [--quick] [--axes tokens] [--symmetric] [--seconds 240] [--json FILE]
 
 Shapes are those of an 8B model (32 heads, 8 kv heads of 128); codes are a hash of their place, the same on one device
 and on two. Every time is that of one call, of layers one after another as in a decoder, in which each call's queries
@@ -9,7 +9,7 @@ largest difference over the largest number, beside that to a wrong operand (head
 two GPUs simulated CPU devices and tiny shapes check that it runs:
 `XLA_FLAGS=--xla_force_host_platform_device_count=2`.
 
-With `--symmetric`, NCCL has symmetric buffers (an experimental flag of XLA), and only tokens are shared.
+With `--symmetric`, NCCL has symmetric buffers, an experimental flag of XLA.
 
 The last part holds what an 8B model needs on one device: its weights (as bytes) and 32 layers of 1,048,576 tokens.
 Exit status 1 where a part failed, results differ, or, on GPUs, a goal is missed. A part that would begin after
@@ -178,7 +178,8 @@ def main() -> int:
     """Print a line for each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a quarter of the tokens, four layers")
-    parser.add_argument("--symmetric", action="store_true", help="symmetric buffers for NCCL, tokens only")
+    parser.add_argument("--symmetric", action="store_true", help="symmetric buffers for NCCL")
+    parser.add_argument("--axes", nargs="*", default=["kv_heads", "batch", "tokens"], help="what to share")
     parser.add_argument("--seconds", type=float, default=240.0, help="after which no part begins")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -207,7 +208,7 @@ def main() -> int:
 
     alone = functools.cache(lambda bits, shape, layers: measured(Case("", bits, shape, layers), None))
     for case in cases(arguments.quick):
-        if arguments.symmetric and case.axis != "tokens":
+        if case.axis not in arguments.axes:
             continue
         name = f"{case.bits}, {case.shape.batch} x {case.shape.tokens:,}, {case.axis} over 2"
         one = functools.partial(alone, case.bits, case.shape, case.layers)

@@ -22,7 +22,7 @@ constexpr int SIDES = COLUMNS / 8;               // products of values
 constexpr int FOURS = (HEADS < COLUMNS ? HEADS + 3 : COLUMNS) / 4;  // products of keys
 constexpr int THREADS = 32 * WARPS;
 constexpr int EIGHTS = TILE / 8;
-constexpr int CHAINS = TILE > 32 ? Keys::TERMS : 1;  // of products that wait for each other, where registers allow it
+constexpr int CHAINS = TILE > 32 && !WHOLE ? Keys::TERMS : 1;  // of products that wait for each other
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float FAR = -1e30f;
 
