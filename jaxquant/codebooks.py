@@ -130,7 +130,7 @@ def on_grid(codebook: Codebook) -> Codebook:
     """Round levels to integers of 8 bits times a step: what the byte permutations of a fused kernel can look up.
 
     Sixteen levels that mirror each other become integers from -127 to 127, others bytes from the lowest level to the
-    highest. To the mean squared error of `lloyd_max` this adds less than .1 % at 2 and 3 bits and .5 % at 4.
+    highest. To the mean squared error of `lloyd_max` this adds less than .1 % at 2 and 3 bits and .3 % at 4.
 
     Args:
         codebook: of at most 16 levels.
@@ -141,7 +141,7 @@ def on_grid(codebook: Codebook) -> Codebook:
     Example:
         >>> book = on_grid(lloyd_max(4))
         >>> np.asarray(book.centroids[8:] / book.centroids[-1] * 127).round(3)
-        array([ 11.,  37.,  61.,  87., 117., 151., 193., 255.], dtype=float32)
+        array([  6.,  18.,  30.,  44.,  58.,  75.,  96., 127.], dtype=float32)
     """
     return _rounded(np.asarray(codebook.centroids, np.float64))
 

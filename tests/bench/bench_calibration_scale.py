@@ -1,4 +1,4 @@
-"""What calibrating a model of 8B shapes takes: seconds and device memory of a row of text, layer by layer.
+"""What calibrating a model of 8B shapes takes: seconds of a row of text, layer by layer, and memory.
 
 python tests/bench/bench_calibration_scale.py [--layers 2 4] [--tokens 4096] [--json]
 
@@ -43,6 +43,11 @@ def main() -> None:
     whole = {}
     for name, (first, second) in {name: [one[name] for one in found] for name in found[0]}.items():
         whole[name] = first + (second - first) / (many - few) * (options.whole - few)
+    held = jax.devices()[0].memory_stats()
+    report["peak GB"] = {  # of the process, whatever the layers: not to be extrapolated
+        "device": held["peak_bytes_in_use"] / 1e9 if held else None,
+        "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
     report["whole"] = whole | {
         "layers": options.whole,
         "seconds": options.rows * (whole["statistics, s a row"] + whole["information, s a row"])
@@ -58,6 +63,8 @@ def main() -> None:
     for name in found[0]:
         print(f"| {name} | {found[0][name]:.3g} | {found[1][name]:.3g} | {whole[name]:.3g} |")
     print(f"\n{options.rows} rows: {report['whole']['seconds']:.0f} s and compilation")
+    peaks = ", ".join(f"{size:.1f} GB of the {place}" for place, size in report["peak GB"].items() if size)
+    print(f"peak, with up to {many} layers: {peaks}")
 
 
 def measured(layers: int, o: argparse.Namespace) -> dict[str, float]:
@@ -95,14 +102,11 @@ def measured(layers: int, o: argparse.Namespace) -> dict[str, float]:
         basis = bases.karhunen_loeve(bases.shrunk(getattr(found, half + "_covariance")[:1], 0.01), metric)
         fit.fit(basis, getattr(found, half + "s")[:1] / o.tokens, getattr(found, half + "_samples")[:1])
     codebooks = layers * (time.perf_counter() - began)
-    held = jax.devices()[0].memory_stats()
     return {
         "statistics, s a row": seconds[0],
         "information, s a row": seconds[1],
         "codebooks, s on the host": codebooks,
         "weights, GB": sum(x.nbytes for x in jax.tree.leaves(nnx.state(decoder))) / 1e9,
-        "peak memory of the device, GB": (held["peak_bytes_in_use"] if held else 0) / 1e9,
-        "peak memory of the host, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
 
 
