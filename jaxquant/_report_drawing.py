@@ -69,8 +69,9 @@ def chart(
     """
     levels = [max(y, _FLOOR) for line in lines for _, y, _ in line.points] + ([limit[0]] if limit else [])
     columns = [x for line in lines for x, _, _ in line.points]
-    low, high = math.log10(min(levels)) - 0.12, math.log10(max(levels)) + 0.18
-    left, right = (min(columns) - 0.3, max(columns) + 0.3) if whole else (0.0, 1.08 * max(columns))
+    low, high = math.log10(min(levels)) - 0.2, math.log10(max(levels)) + 0.18
+    room = 1.22 if width < 500 else 1.1  # for labels of the last points
+    left, right = (min(columns) - 0.3, max(columns) + 0.3) if whole else (0.0, room * max(columns))
     inner = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
 
     def at(x: Number, y: Number) -> tuple[float, float]:
