@@ -156,7 +156,8 @@ struct Lookup {
         }
     }
 
-    // The same for two tables: of codes with a sign and of those without.
+    // The same as sums of two, for SIGNED keys. Where the highest bit of a nibble is set, a permutation gives the sign of
+    // the byte it finds: 0 from the first table, whose levels are not negative, and -1 from the second.
     DEVICE void look_up(u32 z, u32 (&low)[2], u32 (&high)[2]) const {
         const u32 flipped = z ^ 0x88888888u;
         low[0] = permute(table[0], table[1], z), low[1] = permute(table[2], table[3], flipped);

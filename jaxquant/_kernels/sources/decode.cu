@@ -1,5 +1,5 @@
-// Attention of one token per row over packed codes: every warp streams tiles of 32 tokens through shared memory into
-// tensor cores.
+// Attention of one token per row over packed codes: every warp streams tiles of 32 or 64 tokens through shared memory
+// into tensor cores.
 //
 // Scores are K q^T, tokens by heads, outputs V^T P^T, coordinates by heads, so that up to 8 query heads fill the narrow
 // side of the tensor cores. Queries have 16 bits, in two columns of bytes (where keys have a trellis code, two columns of
@@ -13,9 +13,9 @@
 //
 // Compiled with: D, HEADS (that share a kv head), KEY_BITS, VALUE_BITS, KEY_BOOK, VALUE_BOOK, KEY_SCALES, VALUE_SCALES,
 // QUERIES (0 float, 1 bfloat16, 2 half), OUTPUT, KEY_ROUNDS, VALUE_ROUNDS, SOFT_CAP, SLIDING (0 or 1), WARPS, BLOCKS (per
-// multiprocessor), TILE (tokens), STAGES (tiles of a warp in shared memory), KEY_WINDOW and VALUE_WINDOW (see windows.cuh), EVEN (1 where
-// slots are a multiple of 8), PAGE (tokens of a page, a multiple of 32, or 0 where a row's tokens are neighbours), WHOLE
-// (1 where a row is one part, whose output is written here, 0 where `combine` joins them).
+// multiprocessor), TILE (tokens), STAGES (tiles of a warp in shared memory), KEY_WINDOW and VALUE_WINDOW (see
+// windows.cuh), EVEN (1 where slots are a multiple of 8), PAGE (tokens of a page, a multiple of TILE, or 0 where a row's
+// tokens are neighbours), WHOLE (1 where a row is one part, whose output is written here, 0 where `combine` joins them).
 
 constexpr int COLUMNS = HEADS > 8 && D <= 128 ? 16 : 8;
 constexpr int SIDES = COLUMNS / 8;               // products of values
