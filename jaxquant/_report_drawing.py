@@ -10,6 +10,7 @@ from jaxquant._markup import Markup, join, tag
 _FLOOR = 1e-8  # what a logarithmic axis shows of anything smaller
 _LETTER, _LINE = 6.9, 14.0  # of a label of 12 pixels: widest mean letter, height
 _MISLEADING = 80.0  # square pixels of overlap that are as bad as a label nearer to another point
+_PHONE = 500  # pixels: narrower pictures are for phones
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 14.0, 46.0
 _DASHES = ("", "7 4", "2 3", "9 3 2 3", "4 2", "12 4")
 _MARKERS = (
@@ -70,7 +71,7 @@ def chart(
     levels = [max(y, _FLOOR) for line in lines for _, y, _ in line.points] + ([limit[0]] if limit else [])
     columns = [x for line in lines for x, _, _ in line.points]
     low, high = math.log10(min(levels)) - 0.2, math.log10(max(levels)) + 0.18
-    room = 1.22 if width < 500 else 1.1  # for labels of the last points
+    room = 1.22 if width < _PHONE else 1.1  # for labels of the last points
     left, right = (min(columns) - 0.3, max(columns) + 0.3) if whole else (0.0, room * max(columns))
     inner = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
 
@@ -85,7 +86,7 @@ def chart(
             _rule(_LEFT, row, width - _RIGHT, row, "grid"),
             _text(f"{y:.0e}" if y < 1e-4 else f"{y:g}", _LEFT - 7, row + 4, "end"),
         ]
-    for x in _steps(left, right, 5 if width < 500 else 9, whole=whole):
+    for x in _steps(left, right, 5 if width < _PHONE else 9, whole=whole):
         column, _ = at(x, 1)
         parts += [
             _rule(column, height - _BOTTOM, column, height - _BOTTOM + 5, "axis"),

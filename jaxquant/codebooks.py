@@ -130,7 +130,8 @@ def on_grid(codebook: Codebook) -> Codebook:
     """Round levels to integers of 8 bits times a step: what the byte permutations of a fused kernel can look up.
 
     Sixteen levels that mirror each other become integers from -127 to 127, others bytes from the lowest level to the
-    highest. To the mean squared error of `lloyd_max` this adds less than .1 % at 2 and 3 bits and .3 % at 4.
+    highest; levels closer than a step may coincide. To the mean squared error of `lloyd_max` this adds less than .1 %
+    at 2 and 3 bits and .3 % at 4.
 
     Args:
         codebook: of at most 16 levels.

@@ -83,6 +83,7 @@ HEADS = Case(capacity=530, lengths=(530, 2), group=16, cores=1)
 WHOLE = Case(capacity=2100, lengths=(2100, 0, 300), values="2 uniform", q="bfloat16", cores=3)
 LATE = Case(capacity=2100, lengths=(0,) * 33 + (2100, 40, 1500), cores=10, group=1, dim=64)
 WIDE = Case(capacity=2104, lengths=(2104, 70, 0, 1500), cores=1, growth=(1e3, 1e3), scales=("float32", "float32"))
+SPLIT = Case(capacity=4608, lengths=(4601,), cores=6, dim=64)
 UNALIGNED = Case(capacity=700, lengths=(700, 351, 258), sliding=256, dim=64)
 ROUNDS = Case(rotation="hadamard 3", group=8, q="float16")
 SPECIAL = [
@@ -108,8 +109,9 @@ SPECIAL = [
     LATE,
     UNALIGNED,
     WIDE,
+    SPLIT,
     WIDE._replace(keys="3", values="2 uniform", group=8, q="bfloat16", window=24, cropped=1600, lengths=(1590, 20)),
-    WIDE._replace(keys="2", values="4 bytes", dim=64, group=7, sinks=3, sliding=700, lengths=(1608, 650)),
+    WIDE._replace(keys="2", values="4 bytes", dim=64, group=7, sinks=8, sliding=700, lengths=(1608, 650)),
     WIDE._replace(keys="2 uniform", values="3", dim=96, group=1, rotation="haar", cap=20.0, scales=("bfloat16",) * 2),
     Case(capacity=64, lengths=(64, 1, 0, 33) * 17, cores=5, group=1, dim=64),
     Case(capacity=700, lengths=(700, 1, 650) * 12, cores=4, group=1, dim=64, sliding=300),
@@ -264,6 +266,7 @@ MUTANTS = {
     "values of half a wide tile": ("s < EIGHTS / 2;", "s < 2;", WIDE),
     "scales of half a wide tile": ("for_keys = TILE *", "for_keys = 32 *", WIDE),
     "peaks of half a wide tile": ("j = 1; j < EIGHTS; j++) most", "j = 1; j < 4; j++) most", WIDE),
+    "one chain of two": ("chain < CHAINS; chain++", "chain < 1; chain++", SPLIT),
     "wide tiles do not end": ("slot < begin || slot >= stop", "j < 4 && (slot < begin || slot >= stop)", WIDE),
     "values have the levels of keys": ("apart = any_lane(apart);", "apart = false;", APART),
     "keys have the levels of values": ("(!apart || lane < 16)", "!apart", APART),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from jaxquant._kernels import cuda_blocks
 
 # KB that a block can have, CUDA C++ Programming Guide, table of technical specifications per compute capability
+ALL = {(8, 0): 164, (8, 6): 100, (8, 7): 164, (8, 9): 100, (9, 0): 228, (10, 0): 228, (12, 0): 100}  # and all blocks
 MOST = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 
 
@@ -28,6 +29,8 @@ def test_blocks_fit_into_shared_memory(capability, dim, heads, bits, scales, wid
     vector = sum(bits) * dim // 8 + scales
     shape = cuda_blocks.shape(dim, heads, vector, (0, 0), capability, wide=wide)
     assert shape.shared + static(shape, dim, keys_are_halves=False) <= 1024 * MOST[capability]
+    each = shape.shared + static(shape, dim, keys_are_halves=False) + 1024  # that the system takes of each
+    assert shape.blocks * each <= 1024 * ALL[capability]
     assert shape.shared >= shape.stages * shape.warps * shape.tile * vector
     assert shape.stages >= 2
     assert shape.warps >= 1
@@ -50,6 +53,8 @@ def test_blocks_with_tables_fit_too(windows, dim, heads):
         (256, 131_071, 0, False),
         (256, 4096, 64, True),
         (256, 4096, 96, False),
+        (4096, 56, 0, False),
+        (256, 131_068, 0, False),
     ],
 )
 def test_wide_tiles_are_for_much_to_read(rows, slots, page, wide, monkeypatch):

@@ -137,6 +137,21 @@ def test_llama3_frequencies_follow_the_paper() -> None:
     assert np.all((scaled[middle] < plain[middle]) & (scaled[middle] > plain[middle] / 8))
 
 
+def test_frequencies_are_those_of_other_implementations() -> None:
+    # 1.0 / 1e4 ** (torch.arange(0, 128, 2).float() / 128), torch 2.13; rounded once, the first four are others
+    expected = {
+        7: 0.36517414450645447,
+        10: 0.23713736236095428,
+        15: 0.11547820270061493,
+        18: 0.07498941570520401,
+        0: 1.0,
+        32: 0.009999999776482582,
+        63: 0.00011547819303814322,
+    }
+    found = Rope(theta=10_000.0).frequencies(128)
+    np.testing.assert_array_equal(found[list(expected)], np.array(list(expected.values()), np.float32))
+
+
 def test_the_end_ids_of_the_generation_config_count(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, "llama")
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')

@@ -5,10 +5,13 @@ from typing import NamedTuple
 
 import jax
 
+from jaxquant._kernels import cuda_formats
+
 TILE, _WIDE = 32, 64  # tokens that a warp reads at a time
 _WIDE_WARPS = 12
 _MOST_STAGES = 3  # of narrow tiles, and 2 of wide ones
-_SHARED = {(8, 0): 154, (8, 7): 154, (9, 0): 218, (10, 0): 218, (10, 3): 218, (11, 0): 218}  # KB that stages can take
+# KB of a multiprocessor that queries, tables and stages of its blocks share
+_SHARED = {(8, 0): 154, (8, 7): 154} | dict.fromkeys(cuda_formats.ROOMY, 218)
 _LEAST_SHARED = 90  # on all others
 
 
@@ -66,7 +69,7 @@ def shape(
     warps = 4 if dim == 256 else 6 if heads > 8 else 8
     while warps > 1 and 2 * warps * TILE * vector > room:
         warps //= 2
-    return made(warps, 2, TILE)
+    return made(warps, 2 if 4 * warps * TILE * vector <= room else 1, TILE)
 
 
 def wide(rows: int, slots: int, page: int) -> bool:

@@ -15,7 +15,7 @@ RULES = {"norm": 0, "preserve": 1, "unbiased": 2, "least_squares": 3}
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _DIMS = (64, 80, 96, 128, 256)
 _WINDOW = 10  # bits that decide two coordinates of a trellis code, at most: a table has 128 bytes for each window
-_ROOMY = ((9, 0), (10, 0), (10, 3), (11, 0))  # compute capabilities whose blocks can have 227 KB of shared memory
+ROOMY = ((9, 0), (10, 0), (10, 3), (11, 0))  # compute capabilities whose blocks can have 227 KB of shared memory
 
 
 def unreadable(quantizer: Quantizer | PerLayer) -> str | None:
@@ -35,7 +35,7 @@ def unreadable(quantizer: Quantizer | PerLayer) -> str | None:
 
 def _unreadable_trellis(quantizer: Trellis) -> str | None:
     code, lowest = quantizer.code, nvrtc.capability()
-    if lowest is not None and lowest not in _ROOMY:
+    if lowest is not None and lowest not in ROOMY:
         return f"have trellis codes, for which compute capability {lowest[0]}.{lowest[1]} has too little shared memory"
     if code.kind != "table":
         return f"have trellis codes of kind {code.kind}, not table"

@@ -11,9 +11,9 @@ two GPUs simulated CPU devices and tiny shapes check that it runs:
 
 With `--symmetric`, NCCL has symmetric buffers, an experimental flag of XLA.
 
-The last part holds what an 8B model needs on one device: its weights (as bytes) and 32 layers of 1,048,576 tokens.
-Exit status 1 where a part failed, results differ, or, on GPUs, a goal is missed. A part that would begin after
-`--seconds` is left out.
+The last part, left out with `--symmetric`, holds what an 8B model needs on one device: its weights (as bytes) and 32
+layers of 1,048,576 tokens. Exit status 1 where a part failed, results differ, or, on GPUs, a goal is missed. A part
+that would begin after `--seconds` is left out.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from jaxquant.methods import turboquant
 from jaxquant.models import architecture as architectures
 from jaxquant.plan_cli import LLAMA_8B
 
+AXES = ["kv_heads", "batch", "tokens"]
 AGREE = 2e-3  # weights of a softmax are halves in the kernels: 2**-10 each, and sums in another order
 GPU = jax.default_backend() == "gpu"
 IMPLEMENTATION: Any = "cuda" if GPU else "xla"
@@ -176,10 +177,12 @@ def whole_model(quick: bool) -> dict[str, Any]:
 
 def main() -> int:
     """Print a line for each part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help="a quarter of the tokens, four layers")
     parser.add_argument("--symmetric", action="store_true", help="symmetric buffers for NCCL")
-    parser.add_argument("--axes", nargs="*", default=["kv_heads", "batch", "tokens"], help="what to share")
+    parser.add_argument("--axes", nargs="+", default=AXES, choices=AXES, help="what to share")
     parser.add_argument("--seconds", type=float, default=240.0, help="after which no part begins")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -189,7 +192,12 @@ def main() -> int:
         parser.error(f"two devices are needed, got {devices}")
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
     print(f"2 x {devices[0].device_kind}, jax {jax.__version__}, implementation {IMPLEMENTATION}", flush=True)
-    results: dict[str, Any] = {"device": devices[0].device_kind, "jax": jax.__version__, "cases": []}
+    results: dict[str, Any] = {
+        "device": devices[0].device_kind,
+        "jax": jax.__version__,
+        "symmetric": arguments.symmetric,
+        "cases": [],
+    }
     bad = False
 
     def attempt(name: str, part: Callable[[], dict[str, Any]]) -> dict[str, Any]:

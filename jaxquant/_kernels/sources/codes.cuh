@@ -6,7 +6,8 @@
 // whose low bits are subnormal, exactly integer * 2^-24, which tensor cores multiply at full speed. A codebook is
 //   UNIFORM    2 bits, levels (code - 1.5) * step: the field itself is the integer; fields of higher planes are powers of
 //              4 too large, which the query (or output) makes good;
-//   SIGNED     4 bits, codes of sign and magnitude, integers from -127 to 127: a byte permutation looks magnitudes up;
+//   SIGNED     4 bits, codes of sign and magnitude, integers k from -127 to 127: values look magnitudes up, keys are
+//              sums from two tables;
 //   ANY        2, 3, 4 bits: byte permutations look up bytes, level = (byte - offset) * step;
 //   TABLE      8 bits: halves in shared memory;
 //   TRELLIS    see windows.cuh.
@@ -129,7 +130,7 @@ struct Lookup {
             for (int i = 0; i < (BOOK == SIGNED ? count / 2 : count); i++)
                 table[i / 4] |= (u32)(levels[rank(i)] * per_step + offset + 0.5f) << (8 * (i % 4));
         }
-        if (BOOK == SIGNED && KEYS) {
+        if (BOOK == SIGNED && KEYS) {  // ~k is -1 - k: sums are one less than the level
             table[2] = ~table[0], table[3] = ~table[1];
             offset = -1.0f;
         }
@@ -157,8 +158,8 @@ struct Lookup {
     }
 
     // The same as sums of two, for SIGNED keys. Where the highest bit of a nibble is set, a permutation gives the sign of
-    // the byte it finds: 0 from the first table, whose levels are not negative, and -1 from the second.
-    DEVICE void look_up(u32 z, u32 (&low)[2], u32 (&high)[2]) const {
+    // the byte it finds: 0 from the first table, whose levels are not negative, and -1 from their complements.
+    DEVICE void summands(u32 z, u32 (&low)[2], u32 (&high)[2]) const {
         const u32 flipped = z ^ 0x88888888u;
         low[0] = permute(table[0], table[1], z), low[1] = permute(table[2], table[3], flipped);
         high[0] = permute(table[0], table[1], z >> 16), high[1] = permute(table[2], table[3], flipped >> 16);
@@ -205,7 +206,7 @@ struct AcrossCoordinates {
             out[0][0] = book.halves[word & 255] | (u32)book.halves[word >> 8 & 255] << 16;
             out[1][0] = book.halves[word >> 16 & 255] | (u32)book.halves[word >> 24] << 16;
         } else if constexpr (BOOK == SIGNED) {
-            book.look_up(word, out[0], out[1]);
+            book.summands(word, out[0], out[1]);
         } else {
 #pragma unroll
             for (int which = 0; which < PER_WORD / 2; which++)

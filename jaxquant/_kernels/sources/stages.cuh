@@ -8,6 +8,7 @@ constexpr int KEY_SCALE_BYTES = KEY_SCALES ? 2 : 4, VALUE_SCALE_BYTES = VALUE_SC
 constexpr int VALUES_AT = TILE * Keys::L::ROW, KEY_SCALES_AT = VALUES_AT + TILE * Values::L::ROW;
 constexpr int VALUE_SCALES_AT = KEY_SCALES_AT + TILE * KEY_SCALE_BYTES;
 constexpr int STAGE = VALUE_SCALES_AT + TILE * VALUE_SCALE_BYTES;
+static_assert((EVEN || TILE == 32) && PAGE % TILE == 0, "wide tiles copy scales by 16 bytes; a tile is part of one page");
 
 // What one lane copies of one row of one kv head. Scales of keys and then of values go by 16 bytes where EVEN.
 struct Source {
