@@ -1,7 +1,7 @@
 """How decode attention is dealt out: blocks have the shared memory they ask for, on every kind of GPU."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxquant._kernels import cuda_blocks
@@ -17,6 +17,7 @@ def static(shape: cuda_blocks.Shape, dim: int, *, keys_are_halves: bool) -> int:
     return queries + 2 * 512 + 8 * shape.warps * shape.columns + 4 * shape.columns
 
 
+@settings(max_examples=1000, deadline=None)
 @given(
     capability=st.sampled_from(sorted(MOST)),
     dim=st.sampled_from([64, 80, 96, 128, 256]),

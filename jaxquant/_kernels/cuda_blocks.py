@@ -52,12 +52,13 @@ def shape(
         wide: whether tiles may have 64 tokens, see `wide`.
     """
     columns = 16 if heads > 8 and dim < 256 else 8
-    room = 1024 * _SHARED.get(capability, _LEAST_SHARED) - (4 if windows[0] else 2) * columns * (dim + 8) - 2048
-    room -= _table(windows)
+    kept = (4 if windows[0] else 2) * columns * (dim + 8) + 2048  # queries, and what is small
+    whole = 1024 * _SHARED.get(capability, _LEAST_SHARED) - _table(windows)
+    room = whole - kept
 
     def made(warps: int, blocks: int, tile: int) -> Shape:
         each = warps * tile * vector
-        stages = 2 if tile == _WIDE else max(2, min(_MOST_STAGES, room // blocks // each))
+        stages = 2 if tile == _WIDE else max(2, min(_MOST_STAGES, (whole // blocks - kept) // each))
         shared = max(stages * each, 4 * warps * columns * (dim + 1))
         return Shape(columns, warps, blocks, tile, stages, _table(windows) + shared)
 
@@ -69,7 +70,8 @@ def shape(
     warps = 4 if dim == 256 else 6 if heads > 8 else 8
     while warps > 1 and 2 * warps * TILE * vector > room:
         warps //= 2
-    return made(warps, 2 if 4 * warps * TILE * vector <= room else 1, TILE)
+    two = made(warps, 2, TILE)
+    return two if 2 * (two.shared + kept) <= whole else made(warps, 1, TILE)
 
 
 def wide(rows: int, slots: int, page: int) -> bool:
