@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from jaxquant._kernels import cuda_blocks
 
-# KB that a block can have, CUDA C++ Programming Guide, table of technical specifications per compute capability
-ALL = {(8, 0): 164, (8, 6): 100, (8, 7): 164, (8, 9): 100, (9, 0): 228, (10, 0): 228, (12, 0): 100}  # and all blocks
+# KB that all blocks of a multiprocessor can have together, and one of them: CUDA C++ Programming Guide, table of
+# technical specifications per compute capability
+ALL = {(8, 0): 164, (8, 6): 100, (8, 7): 164, (8, 9): 100, (9, 0): 228, (10, 0): 228, (12, 0): 100}
 MOST = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 
 
