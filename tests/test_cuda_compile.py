@@ -36,10 +36,10 @@ DECODE = {
     (3, 3, 8, "narrow", A100): (127, 2392),
 }
 ENCODE = {  # by bits
-    (4, H200): (168, 3472),
-    (2, H200): (168, 3496),
-    (3, H200): (168, 3680),
-    (4, A100): (168, 3096),
+    (4, H200): (168, 3376),
+    (2, H200): (168, 2920),
+    (3, H200): (168, 3488),
+    (4, A100): (168, 2976),
 }
 # Of trellis codes on 2026-11-28: attention by states of keys and values of 2 bits and query heads of a kv head, the
 # search by bits and states.

@@ -63,18 +63,19 @@ def encode(
         "rounds": rounds or 0,
         "rule": quantizer.scale,
     }
-    if isinstance(quantizer, Trellis):
-        code = quantizer.code
-        made = cuda_trellis.kernel(bits=code.widths[0], states=code.states, **constants)
-        each = cuda_trellis.shape(code.dim, code.widths[0], code.states)
-        group, blocks = each.vectors * cuda_trellis.WARPS, each.blocks
-    else:
-        made = kernel(bits=quantizer.bits, book=cuda_formats.book(quantizer), **constants)
-        group, blocks = 16 * _WARPS, _BLOCKS
     layers, batch, kv_heads, slots = held.codes.shape[:4]
     vectors = batch * x.shape[1] * kv_heads
     if vectors >= 2**31:
         raise ValueError(f"at most 2**31 - 1 vectors can be appended at a time, got {vectors}")
+    if isinstance(quantizer, Trellis):
+        code = quantizer.code
+        made = cuda_trellis.kernel(bits=code.widths[0], states=code.states, **constants)
+        each = cuda_trellis.shape(code.dim, code.widths[0], code.states)
+        work, blocks = -(-vectors // (each.vectors * cuda_trellis.WARPS)), each.blocks
+    else:
+        made = kernel(bits=quantizer.bits, book=cuda_formats.book(quantizer), **constants)
+        tiles = -(-batch * x.shape[1] // 16) * kv_heads
+        work, blocks = -(-tiles // _WARPS), _BLOCKS
     codes, scales = made(
         [
             x,
@@ -87,7 +88,7 @@ def encode(
         ],
         [layers, batch, x.shape[1], kv_heads, slots],
         [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (held.codes, held.scales)],
-        grid=(max(1, min(-(-vectors // group), blocks * cuda_blocks.cores())), 1),
+        grid=(max(1, min(work, blocks * cuda_blocks.cores())), 1),
         aliases={5: 0, 6: 1},
     )
     return Quantized(codes=codes, scales=scales)
@@ -116,5 +117,5 @@ def kernel(
         "RULE": cuda_formats.RULES[rule],
     }
     named = f"constexpr Book BOOK = {book};"
-    text = nvrtc.source("words.cuh", "codes.cuh", nvrtc.constants(constants), named, "lengths.cuh", "encode.cu")
+    text = nvrtc.source("words.cuh", "codes.cuh", nvrtc.constants(constants), named, "lengths.cuh", "assign.cuh", "encode.cu")
     return nvrtc.Kernel("encode", text, threads=32 * _WARPS, capability=capability or nvrtc.capability() or (9, 0))

@@ -200,13 +200,17 @@ DEVICE float exp2_(float x) { return exp2f(x); }
 DEVICE float log2_(float x) { return log2f(x); }
 DEVICE float rsqrt_(float x) { return 1 / sqrtf(x); }
 DEVICE float multiply_add_clamped(float a, float b, float c) { return fminf(fmaxf(fmaf(a, b, c), 0), 1); }
-DEVICE float multiply_add_up(float a, float b, float c) {
-    const double sum = (double)a * b + c;
-    const float x = (float)sum;
-    return x < sum ? nextafterf(x, INFINITY) : x;
-}
+template <int N>
+DEVICE u32 ceiling(float x) { return (u32)ceil((double)x * N); }
+template <int N>
+DEVICE u32 byte_at_ceiling(const u8* table, float x) { return table[ceiling<N>(x)]; }
 DEVICE int rint_(float x) { return (int)rintf(x); }
 
+DEVICE u32 multiply_high(u32 a, u32 b) { return (u64)a * b >> 32; }
+DEVICE int dot_bytes(u32 a, u32 b, int c) {
+    for (int i = 0; i < 4; i++) c += (int)(signed char)(a >> 8 * i) * (int)(signed char)(b >> 8 * i);
+    return c;
+}
 DEVICE u32 parity(u32 x) { return __builtin_popcount(x) & 1; }
 DEVICE u32 bfloat_bits(float x) {
     u32 bits = float_to_bits(x);

@@ -1,17 +1,14 @@
 // Code new tokens and write them into the cache in one pass: rotate, normalize, assign, scale, pack.
 //
-// A warp takes 16 vectors at a time. Lane (g, t), g = lane / 4 and t = lane % 4, holds coordinates i D/4 + t D/16 + r,
-// i < 4 and r < D/16, of vectors g and g + 8: those whose codes share bytes. Of a Hadamard transform, tensor cores do
-// the four bits of a coordinate's index that are t and the lowest of r, and butterflies in registers the others. Their
-// product takes numbers of 8 bits: anything finer than bfloat16 goes through as a sum of two.
+// A warp takes a tile of 16 tokens of one head at a time. Lane (g, t), g = lane / 4 and t = lane % 4, holds a share
+// (assign.cuh) of the vectors of tokens g and g + 8. Of a Hadamard transform, tensor cores do the four bits of a
+// coordinate's index that are t and the lowest of r, and butterflies in registers the others. Their product takes numbers
+// of 8 bits: anything finer than bfloat16 goes through as a sum of two. Vectors of bfloat16 are read one tile ahead.
 //
 // Compiled with: D (a power of two), BITS, BOOK, SCALES and INPUT (0 float, 1 bfloat16, 2 half), ROUNDS, BLOCKS (per
 // multiprocessor), RULE (0 norm, 1 preserve, 2 unbiased, 3 least squares).
-typedef Layout<D, BITS> L;
-constexpr int WARPS = 4, THREADS = 32 * WARPS, LEVELS = 1 << BITS;
-constexpr int RUN = D / 16, HELD = D / 4, PLANES = L::PER_WORD / 4, SPAN = HELD / PLANES;  // SPAN: field bytes of a lane
-
-DEVICE int coordinate(int t, int i) { return i / RUN * (D / 4) + t * RUN + i % RUN; }
+constexpr int WARPS = 4, THREADS = 32 * WARPS;
+constexpr bool AHEAD = INPUT == 1 && ROUNDS > 0;
 
 // Four coordinates of two vectors, in bfloat16, times the basis.
 DEVICE void turn(float (&out)[2][4], const u32 (&x)[4], const u32 (&basis)[2][2]) {
@@ -51,11 +48,9 @@ DEVICE void transform(float (&a)[HELD], float (&b)[HELD], const u32 (&basis)[2][
     butterflies(a, b);
 }
 
-// Read two vectors of bfloat16, with the signs of the first round, and transform them as they are.
-DEVICE void read_and_transform(float (&a)[HELD], float (&b)[HELD], const u8* first, const u8* second, int t,
-                               const u32 (&flips)[HELD / 2], const u32 (&basis)[2][2]) {
+// Read a lane's share of two vectors of bfloat16.
+DEVICE void fetch(u32 (&words)[2][HELD / 2], const u8* first, const u8* second, int t) {
     const u8* from[2] = {first + 2 * t * RUN, second + 2 * t * RUN};
-    u32 words[2][HELD / 2];
 #pragma unroll
     for (int v = 0; v < 2; v++)
 #pragma unroll
@@ -63,12 +58,21 @@ DEVICE void read_and_transform(float (&a)[HELD], float (&b)[HELD], const u8* fir
             u32 some[RUN / 2];
             load_words<RUN / 2, RUN >= 8 ? 16 : 8>(from[v] + run * D / 2, some);
 #pragma unroll
-            for (int k = 0; k < RUN / 2; k++) words[v][run * RUN / 2 + k] = some[k] ^ flips[run * RUN / 2 + k];
+            for (int k = 0; k < RUN / 2; k++) words[v][run * RUN / 2 + k] = some[k];
         }
+}
+
+// Transform them as they are, with the signs of the first round.
+DEVICE void transform_packed(float (&a)[HELD], float (&b)[HELD], const u32 (&words)[2][HELD / 2],
+                             const u32* flips, const u32 (&basis)[2][2]) {
+    u32 flip[HELD / 2];
+    load_words<HELD / 2, 16>((const u8*)flips, flip);
 #pragma unroll
     for (int i = 0; i < HELD; i += 4) {
         float out[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
-        const u32 x[4] = {words[0][i / 2], words[1][i / 2], words[0][i / 2 + 1], words[1][i / 2 + 1]};
+        u32 x[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) x[k] = words[k % 2][i / 2 + k / 2] ^ flip[i / 2 + k / 2];
         turn(out, x, basis);
 #pragma unroll
         for (int c = 0; c < 4; c++) a[i + c] = out[c / 2][c % 2], b[i + c] = out[c / 2][2 + c % 2];
@@ -77,7 +81,7 @@ DEVICE void read_and_transform(float (&a)[HELD], float (&b)[HELD], const u8* fir
 }
 
 // Read the lane's share of a vector, with the signs of the first round.
-DEVICE void read_share(float (&y)[HELD], const void* x, long long vector, int t, const u32 (&flips)[HELD / 2]) {
+DEVICE void read_share(float (&y)[HELD], const void* x, long long vector, int t, const u32* flips) {
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         const u32 flip = i % 2 ? flips[i / 2] & 0x80000000u : flips[i / 2] << 16;
@@ -106,114 +110,70 @@ DEVICE float sum_of_four(float x) {
     return x + shuffle_xor(x, 2);
 }
 
-// Codes by cells. Thresholds lie on a grid: of half the step of the levels, or of the whole one where they are
-// equidistant. A cell (i - 1, i] of it is an entry of a table: a level whose lowest bits are the code instead.
-constexpr bool TREE = BOOK == TABLE;
-constexpr int CELLS = TREE ? 2 : BOOK == UNIFORM ? LEVELS : 513;
-struct Cells {
-    float origin, per_cell;  // index = ceil((y * per_cell + origin, clamped to [0, 1]) * (CELLS - 1))
+// The sum over four lanes of `even`, where t is even, or of `odd`.
+DEVICE float sum_of_four(float even, float odd, int t) {
+    const float x = (t % 2 ? odd : even) + shuffle_xor(t % 2 ? even : odd, 1);
+    return x + shuffle_xor(x, 2);
+}
+
+// Quotients of numbers below 2^32 without a division.
+struct Divisor {
+    u32 by, inverse;
+
+    DEVICE u32 quotient(u32 n) const {
+        const u32 least = multiply_high(n, inverse);  // or one less than the quotient
+        return least + (n - least * by >= by);
+    }
 };
 
-DEVICE Cells cells_of(const float* levels) {
-    const float low = levels[0], high = levels[LEVELS - 1];
-    Cells cells;
-    if (BOOK == UNIFORM) {
-        cells.per_cell = (LEVELS - 1) / (high - low);
-        cells.origin = LEVELS / 2 - 1 - EPSILON / 2;  // so that a third of it, rounded up, puts 0 into the lower cell
-    } else if (BOOK == SIGNED) {
-        cells.per_cell = 2.0f * 127.0f / high;
-        cells.origin = 256.0f;
-    } else {
-        cells.per_cell = 2.0f * 255.0f / (high - low);
-        cells.origin = 1.0f - low * cells.per_cell;
+// Tokens are numbered over all rows.
+struct Tile {
+    u32 head, token[2];
+    int slot[2];  // or -1
+};
+
+DEVICE Tile tile_of(u32 index, const Divisor& heads, u32 tokens, const int* slot, int g) {
+    Tile tile;
+    const u32 run = heads.quotient(index);
+    tile.head = index - run * heads.by;
+#pragma unroll
+    for (int v = 0; v < 2; v++) {
+        const u32 token = 16 * run + 8 * v + g;
+        tile.token[v] = token < tokens ? token : tokens - 1;
+        tile.slot[v] = token < tokens ? slot[token] : -1;
     }
-    cells.per_cell /= CELLS - 1;
-    cells.origin /= CELLS - 1;
-    return cells;
-}
-
-DEVICE u32 stored(int rank) { return BITS != 4 ? rank : rank >= 8 ? rank - 8 : 15 - rank; }
-
-// The number of thresholds below y, which form a tree: entry 1 is asked first, then 2 or 3, then one of 4 to 7, ...
-DEVICE int assign(float y, const float* thresholds) {
-    int at = 1;
-#pragma unroll
-    for (int bit = 0; bit < BITS; bit++) at = 2 * at + (y > thresholds[at]);
-    return at - LEVELS;
-}
-
-// Code a vector whose coordinates are y * unit with unit variance, and write it. `size` is its length.
-DEVICE void write(const float (&y)[HELD], float unit, float size, const Cells& cells, const u32* table,
-                  const float* thresholds, const float* level_of, u8* codes, u8* scales, long long place, bool wanted,
-                  int t) {
-    const float per_cell = unit * cells.per_cell, magic = 8388608.0f;  // floats from 2^23 on are integers
-    float along = 0.0f, energy = 0.0f;
-    u32 field[SPAN / 4], third[SPAN / 4];
-#pragma unroll
-    for (int i = 0; i < SPAN / 4; i++) field[i] = third[i] = 0;
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        const int byte = i % SPAN, plane = i / SPAN;
-        u32 code;
-        float level;
-        if (TREE) {
-            code = assign(y[i] * unit, thresholds);
-            level = level_of[code];
-        } else {
-            const float cell = multiply_add_up(multiply_add_clamped(y[i], per_cell, cells.origin), CELLS - 1, magic);
-            const u32 entry = table[float_to_bits(cell) - 0x4b000000u];
-            code = entry & (LEVELS - 1);
-            level = bits_to_float(entry);
-        }
-        if (RULE > 1) along += y[i] * level;
-        if (RULE % 2) energy += level * level;
-        field[byte / 4] += (BITS == 3 ? code & 3 : code) << (8 * (byte % 4) + L::FIELD * plane);
-        if (BITS == 3) third[byte / 4] += (code >> 2) << (8 * (byte % 4) + 2 * plane);
-    }
-    if (RULE > 1) along = sum_of_four(along) * unit;
-    if (RULE % 2) energy = sum_of_four(energy);
-
-    // Bytes run with a coordinate's low bits; at 4 bits a lane's are two runs of D / 16, otherwise one.
-    u8* to = codes + place * L::ROW;
-#pragma unroll
-    for (int i = 0; i < SPAN; i += 4)
-        if (wanted) *(u32*)(to + i / RUN * (D / 4) + t * RUN + i % RUN) = field[i / 4];
-    if (BITS == 3) {
-        // Third bits of lanes t and t + 2 share bytes.
-#pragma unroll
-        for (int i = 0; i < SPAN / 4; i++) {
-            third[i] <<= t / 2;
-            third[i] |= shuffle_xor(third[i], 2);
-            if (wanted && t < 2) *(u32*)(to + L::STRIDE + t * RUN + 4 * i) = third[i];
-        }
-    }
-    if (wanted && t == 0) store(scales, place, stored_scale(size, along, energy), SCALES);
+    return tile;
 }
 
 KERNEL(THREADS, BLOCKS) encode(const void* __restrict__ x, const int* __restrict__ index, const int* __restrict__ slot,
                           const float* __restrict__ levels, const signed char* __restrict__ signs, const u8*, const u8*,
                           u8* codes, u8* scales, int layers, int batch, int count, int kv_heads, int slots) {
     SHARED float thresholds[LEVELS], level_of[LEVELS];
-    SHARED u32 table[CELLS];
-    // A tree in an array: threshold i comes at the depth that the zeros at its end say.
-    for (int i = thread(); i < LEVELS; i += THREADS) {
-        level_of[i] = levels[i];
-        if (i > 0) {
-            int stride = 1;
-            while (i % (2 * stride) == 0) stride *= 2;
-            thresholds[(LEVELS / 2 + i / 2) / stride] = (levels[i] + levels[i - 1]) / 2;
-        }
+    SHARED u8 table[CELLS];
+    constexpr int PAIRS = HELD / 2;
+    SHARED u32 flips_of[4 * PAIRS];  // signs of the first round, of a lane's pairs of coordinates
+    const u32 tokens = (u32)batch * count, tiles = (tokens + 15) / 16 * kv_heads, stride = blocks_x() * WARPS;
+    if (!tiles) return;
+    const Divisor heads = {(u32)kv_heads, 0xffffffffu / kv_heads}, rows = {(u32)count, 0xffffffffu / count};
+    const int lane = thread() % 32, g = lane / 4, t = lane % 4, held = index[0];
+    const auto bytes_of = [&](const Tile& tile, int v) {
+        return (const u8*)x + ((long long)tile.token[v] * kv_heads + tile.head) * (2 * D);
+    };
+    u32 now = block_x() * WARPS + thread() / 32, words[2][HELD / 2];
+    Tile tile;
+    if (now < tiles) {
+        tile = tile_of(now, heads, tokens, slot, g);
+        if (AHEAD) fetch(words, bytes_of(tile, 0), bytes_of(tile, 1), t);
     }
-    sync();
-    const Cells cells = cells_of(level_of);
-    for (int i = thread(); i < CELLS && !TREE; i += THREADS) {
-        const int rank = assign((((float)i - 0.5f) / (CELLS - 1) - cells.origin) / cells.per_cell, thresholds);
-        table[i] = (float_to_bits(level_of[rank]) & ~(LEVELS - 1u)) | stored(rank);
+    for (int i = thread(); i < 4 * PAIRS; i += THREADS) {
+        const int at = coordinate(i / PAIRS, 2 * (i % PAIRS));
+        flips_of[i] = ROUNDS ? (signs[at] < 0 ? 0x8000u : 0u) | (signs[at + 1] < 0 ? 0x80000000u : 0u) : 0u;
     }
-    sync();
+    const u32* flips = flips_of + t * PAIRS;
+    Coder coder;
+    coder.prepare(levels, thresholds, level_of, table, THREADS);
 
-    const int lane = thread() % 32, g = lane / 4, t = lane % 4;
-    u32 basis[2][2], flips[HELD / 2];
+    u32 basis[2][2];
 #pragma unroll
     for (int u = 0; u < 2; u++)
 #pragma unroll
@@ -222,41 +182,17 @@ KERNEL(THREADS, BLOCKS) encode(const void* __restrict__ x, const int* __restrict
             const u32 even = parity(t & g / 2) ^ (u & k), odd = even ^ (g & 1);
             basis[u][k] = 0x3f803f80u | even << 15 | odd << 31;
         }
-#pragma unroll
-    for (int i = 0; i < HELD / 2; i++) {
-        flips[i] = 0;
-        if (ROUNDS)
-            flips[i] = (signs[coordinate(t, 2 * i)] < 0 ? 0x8000u : 0u) |
-                       (signs[coordinate(t, 2 * i + 1)] < 0 ? 0x80000000u : 0u);
-    }
 
-    // Vectors go by tokens, then heads, where there are tokens enough for a warp, and by heads, then tokens, otherwise.
-    const u32 vectors = (u32)batch * count * kv_heads, stride = blocks_x() * WARPS * 16;
-    const u32 inner = count >= 16 ? count : kv_heads, outer = count >= 16 ? kv_heads : count;
-    const int held = index[0];
-    for (u32 group = (block_x() * WARPS + thread() / 32) * 16; group < vectors; group += stride) {
-        long long vector[2], place[2];
-        bool wanted[2];
-#pragma unroll
-        for (int v = 0; v < 2; v++) {
-            const u32 one = group + g + 8 * v, some = one < vectors ? one : vectors - 1;
-            const u32 quick = some % inner, rest = some / inner, slow = rest % outer, row = rest / outer;
-            const u32 token = row * count + (count >= 16 ? quick : slow), head = count >= 16 ? slow : quick;
-            const int at = slot[token];
-            vector[v] = (long long)token * kv_heads + head;
-            wanted[v] = one < vectors && at >= 0 && at < slots && held >= 0 && held < layers;
-            place[v] = (((long long)held * batch + row) * kv_heads + head) * slots + at;
-        }
+    while (now < tiles) {
         float y[2][HELD], square[2], grown[2] = {1.0f, 1.0f};
 #pragma unroll 1
         for (int attempt = 0; attempt < 2; attempt++) {
-            if (INPUT == 1 && ROUNDS && !attempt) {
-                const u8* bytes = (const u8*)x;
-                read_and_transform(y[0], y[1], bytes + vector[0] * 2 * D, bytes + vector[1] * 2 * D, t, flips, basis);
+            if (AHEAD && !attempt) {
+                transform_packed(y[0], y[1], words, flips, basis);
             } else {
 #pragma unroll
                 for (int v = 0; v < 2; v++) {
-                    read_share(y[v], x, vector[v], t, flips);
+                    read_share(y[v], x, (long long)tile.token[v] * kv_heads + tile.head, t, flips);
                     if (attempt) grown[v] = tame(y[v]);
                 }
                 if (ROUNDS) transform(y[0], y[1], basis);
@@ -281,14 +217,32 @@ KERNEL(THREADS, BLOCKS) encode(const void* __restrict__ x, const int* __restrict
             }
             if (!any_lane(!fine)) break;
         }
-        float rounds = 1.0f;
-#pragma unroll
-        for (int round = 0; round < ROUNDS; round++) rounds *= rsqrt_(D);
+        const u32 next = now + stride;
+        Tile after = tile;
+        if (next < tiles) {
+            after = tile_of(next, heads, tokens, slot, g);
+            if (AHEAD) fetch(words, bytes_of(after, 0), bytes_of(after, 1), t);
+        }
+
+        Coded made[2];
+        long long place[2];
+        bool wanted[2];
 #pragma unroll
         for (int v = 0; v < 2; v++) {
-            const float unit = square[v] > 0.0f ? rsqrt_(square[v] / D) : 1.0f;
-            const float size = length_of(sqrtf(square[v]) * rounds, grown[v]);
-            write(y[v], unit, size, cells, table, thresholds, level_of, codes, scales, place[v], wanted[v], t);
+            const u32 row = rows.quotient(tile.token[v]);
+            place[v] = (((long long)held * batch + row) * kv_heads + tile.head) * slots + tile.slot[v];
+            wanted[v] = tile.slot[v] >= 0 && tile.slot[v] < slots && held >= 0 && held < layers;
+            coder.code(y[v], square[v] > 0.0f ? rsqrt_(square[v] / D) : 1.0f, made[v]);
+            store_codes(codes + place[v] * L::ROW, made[v], wanted[v], t);
         }
+        float rounds = 1.0f, along = 0.0f, energy = 0.0f;
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++) rounds *= rsqrt_(D);
+        if (RULE > 1) along = sum_of_four(made[0].along, made[1].along, t);
+        if (RULE % 2) energy = sum_of_four(made[0].energy, made[1].energy, t);
+        const float size = length_of(sqrtf(t % 2 ? square[1] : square[0]) * rounds, t % 2 ? grown[1] : grown[0]);
+        if (t < 2 && (t % 2 ? wanted[1] : wanted[0]))
+            store(scales, t % 2 ? place[1] : place[0], stored_scale(size, along, energy), SCALES);
+        now = next, tile = after;
     }
 }

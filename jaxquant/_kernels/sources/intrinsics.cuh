@@ -93,7 +93,23 @@ DEVICE float exp2_(float x) {
 DEVICE float log2_(float x) { return log2f(x); }
 DEVICE float rsqrt_(float x) { return rsqrtf(x); }
 DEVICE float multiply_add_clamped(float a, float b, float c) { return __saturatef(__fmaf_rn(a, b, c)); }  // to [0, 1]
-DEVICE float multiply_add_up(float a, float b, float c) { return __fmaf_ru(a, b, c); }  // rounds towards infinity
+
+// The integer from which x * N, with 0 <= x <= 1, is rounded up: that many times the smallest float, whose bits are one.
+template <int N>
+DEVICE u32 ceiling(float x) { return __float_as_uint(__fmul_ru(x, __uint_as_float(N))); }
+
+// The byte of that index of a table in shared memory, whose address goes into the same sum.
+template <int N>
+DEVICE u32 byte_at_ceiling(const u8* table, float x) {
+    const u32 start = (u32)__cvta_generic_to_shared(table);
+    u32 byte;
+    asm volatile("ld.shared.u8 %0, [%1];"
+                 : "=r"(byte) : "r"(__float_as_uint(__fmaf_ru(x, __uint_as_float(N), __uint_as_float(start)))));
+    return byte;
+}
+
+DEVICE u32 multiply_high(u32 a, u32 b) { return __umulhi(a, b); }
+DEVICE int dot_bytes(u32 a, u32 b, int c) { return __dp4a((int)a, (int)b, c); }  // c + four products of signed bytes
 DEVICE u32 parity(u32 x) { return __popc(x) & 1; }
 DEVICE int rint_(float x) { return __float2int_rn(x); }
 DEVICE u32 pack_halves(float low, float high) {
