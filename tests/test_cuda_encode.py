@@ -128,7 +128,7 @@ MUTANTS = {
     "the layer": ("held = index[0];", "held = 0;", USUAL),
     "thresholds": ("(levels[i] + levels[i - 1]) / 2;", "levels[i];", USUAL),
     "vectors read ahead": ("fetch(words, bytes_of(after, 0)", "fetch(words, bytes_of(tile, 0)", MANY),
-    "squares of levels": ("squares = dot_bytes(some[half], some[half], squares)", "squares = dot_bytes(some[half], some[half], 0)", USUAL),
+    "squares of levels": ("some[half], some[half], squares)", "some[half], some[half], 0)", USUAL),
     "the offset of levels": ("- 2.0f * offset * (float)sum", "+ 2.0f * offset * (float)sum", MANY),
     "levels of both vectors": ("(t % 2 ? even : odd, 1)", "(t % 2 ? odd : even, 1)", USUAL),
     "later tiles": ("now = next, tile = after;", "now = tiles, tile = after;", MANY),

@@ -117,5 +117,7 @@ def kernel(
         "RULE": cuda_formats.RULES[rule],
     }
     named = f"constexpr Book BOOK = {book};"
-    text = nvrtc.source("words.cuh", "codes.cuh", nvrtc.constants(constants), named, "lengths.cuh", "assign.cuh", "encode.cu")
+    text = nvrtc.source(
+        "words.cuh", "codes.cuh", nvrtc.constants(constants), named, "lengths.cuh", "assign.cuh", "encode.cu"
+    )
     return nvrtc.Kernel("encode", text, threads=32 * _WARPS, capability=capability or nvrtc.capability() or (9, 0))
