@@ -15,25 +15,25 @@ RELEASE = "13.0"  # of both compilers, that the numbers here are of; `pyproject.
 H200, A100 = (9, 0), (8, 0)
 BOOKS = {2: "UNIFORM", 3: "ANY", 4: "SIGNED", 8: "TABLE"}
 
-# Registers and instructions on 2026-11-28, by bits of keys and values, query heads of a kv head, tiles, and capability.
+# Registers and instructions on 2026-11-29, by bits of keys and values, query heads of a kv head, tiles, and capability.
 DECODE = {
-    (4, 4, 4, "wide", H200): (134, 2560),
-    (4, 2, 4, "wide", H200): (140, 2328),
-    (2, 2, 4, "wide", H200): (117, 2080),
-    (3, 3, 4, "wide", H200): (128, 2600),
-    (4, 4, 8, "wide", H200): (168, 3008),
-    (4, 2, 8, "wide", H200): (168, 2776),
-    (2, 2, 8, "wide", H200): (141, 2544),
-    (3, 3, 8, "wide", H200): (150, 3016),
-    (4, 4, 4, "narrow", H200): (120, 2040),
-    (4, 2, 4, "narrow", H200): (114, 1912),
-    (2, 2, 4, "narrow", H200): (102, 1784),
-    (3, 3, 8, "narrow", H200): (128, 2464),
-    (4, 4, 16, "narrow", H200): (168, 3872),
-    (2, 2, 4, "wide", A100): (108, 2024),
-    (4, 4, 4, "narrow", A100): (117, 1992),
-    (4, 4, 8, "narrow", A100): (128, 2360),
-    (3, 3, 8, "narrow", A100): (127, 2392),
+    (4, 4, 4, "wide", H200): (134, 2576),
+    (4, 2, 4, "wide", H200): (138, 2328),
+    (2, 2, 4, "wide", H200): (116, 2112),
+    (3, 3, 4, "wide", H200): (128, 2488),
+    (4, 4, 8, "wide", H200): (164, 2688),
+    (4, 2, 8, "wide", H200): (168, 2440),
+    (2, 2, 8, "wide", H200): (138, 2192),
+    (3, 3, 8, "wide", H200): (148, 2672),
+    (4, 4, 4, "narrow", H200): (117, 2056),
+    (4, 2, 4, "narrow", H200): (114, 1928),
+    (2, 2, 4, "narrow", H200): (101, 1816),
+    (3, 3, 8, "narrow", H200): (128, 2120),
+    (4, 4, 16, "narrow", H200): (168, 3120),
+    (2, 2, 4, "wide", A100): (110, 2056),
+    (4, 4, 4, "narrow", A100): (114, 1984),
+    (4, 4, 8, "narrow", A100): (128, 2024),
+    (3, 3, 8, "narrow", A100): (127, 2056),
 }
 ENCODE = {  # by bits
     (4, H200): (168, 3376),
@@ -41,13 +41,13 @@ ENCODE = {  # by bits
     (3, H200): (168, 3488),
     (4, A100): (168, 2976),
 }
-# Of trellis codes on 2026-11-28: attention by states of keys and values of 2 bits and query heads of a kv head, the
+# Of trellis codes on 2026-11-29: attention by states of keys and values of 2 bits and query heads of a kv head, the
 # search by bits and states.
 DECODE_TRELLIS = {
-    (64, 64, 4, H200): (128, 2128),
-    (64, 64, 8, H200): (168, 2280),
-    (64, 64, 16, H200): (252, 2920),
-    (16, 32, 4, H200): (128, 2136),
+    (64, 64, 4, H200): (127, 2264),
+    (64, 64, 8, H200): (166, 2456),
+    (64, 64, 16, H200): (250, 3128),
+    (16, 32, 4, H200): (128, 2272),
 }
 ENCODE_TRELLIS = {
     (2, 16, H200): (116, 4344),
@@ -59,7 +59,7 @@ ENCODE_TRELLIS = {
     (3, 256, H200): (168, 1856),
     (2, 128, A100): (79, 2584),
 }
-SPILLED = {(4, 4, 16, "narrow", H200): 140, (4, 4, 8, "narrow", A100): 20}  # bytes stored and loaded; nothing elsewhere
+SPILLED = {(4, 4, 16, "narrow", H200): 100, (4, 4, 8, "narrow", A100): 20}  # bytes stored and loaded; nothing elsewhere
 
 
 def assembler() -> str | None:
@@ -210,7 +210,7 @@ def encode_trellis(bits: int, states: int, capability: tuple[int, int]) -> nvrtc
 
 
 def test_writing_whole_rows_keeps_its_size(ptxas, tmp_path):
-    check(measure(decode(4, 4, 4, "wide", H200, whole=True)[0], ptxas, tmp_path), (151, 3096))
+    check(measure(decode(4, 4, 4, "wide", H200, whole=True)[0], ptxas, tmp_path), (149, 3072))
 
 
 @pytest.mark.parametrize("config", DECODE_TRELLIS, ids=str)
@@ -230,7 +230,7 @@ def test_search_keeps_its_size(config, ptxas, tmp_path):
 
 @pytest.mark.parametrize("capability", [H200, A100])
 def test_combine_keeps_its_size(capability, ptxas, tmp_path):
-    check(measure(decode(4, 4, 4, "narrow", capability)[1], ptxas, tmp_path), (55, 768))
+    check(measure(decode(4, 4, 4, "narrow", capability)[1], ptxas, tmp_path), (60, 768))
 
 
 def test_what_grew_is_seen(ptxas, tmp_path, monkeypatch):

@@ -52,7 +52,9 @@ def shape(
         wide: whether tiles may have 64 tokens, see `wide`.
     """
     columns = 16 if heads > 8 and dim < 256 else 8
-    kept = (4 if windows[0] else 2) * columns * (dim + 8) + 2048  # queries, and what is small
+    fours = -(-min(heads, columns) // 4)  # of them, a product of keys takes four
+    # Queries, in two orders and at most as two halves each, and what is small.
+    kept = (4 if windows[0] else 2) * columns * (dim + 8) + 16 * dim * fours + 2048
     whole = 1024 * _SHARED.get(capability, _LEAST_SHARED) - _table(windows)
     room = whole - kept
 

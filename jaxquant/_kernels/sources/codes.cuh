@@ -223,7 +223,7 @@ struct AcrossCoordinates {
         const int plane = BITS == 4 ? e % 2 : h / 2 + 2 * (e % 2);
         return L::STRIDE * plane + byte + 2 * (h % 2) + e / 2;
     }
-    static DEVICE int factor(int h) { return BOOK == UNIFORM && h % 2 ? 4 : 1; }
+    static DEVICE int factor_at(int c) { return BOOK == UNIFORM && c / L::STRIDE % 2 ? 4 : 1; }
 };
 
 // Pairs of halves of one coordinate of two vectors.

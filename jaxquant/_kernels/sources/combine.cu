@@ -9,6 +9,7 @@ KERNEL(THREADS, 1) combine(const float* __restrict__ parts, const float* __restr
     SHARED float space[WAYS][D], totals[WAYS];
     const long long head = block_x();
     const int lane = thread() % 32, way = thread() / 32;
+    const Signs<VALUE_ROUNDS, SHARE> value_sign(value_signs, lane);
     float x[SHARE], top, total;
     weigh(parts + head * count * D, sums + 2 * head * count, count, way, WAYS, lane, x, top, total);
 #pragma unroll
@@ -23,5 +24,5 @@ KERNEL(THREADS, 1) combine(const float* __restrict__ parts, const float* __restr
         for (int i = 0; i < SHARE; i++)
             if (SHARE * lane + i < D) x[i] += space[w][SHARE * lane + i];
     }
-    finish(x, top, total, value_signs, out, lse, head, lane);
+    finish(x, top, total, value_sign, out, lse, head, lane);
 }

@@ -31,6 +31,10 @@ constexpr int KEY_STEPS = KEY_WORDS * Keys::PER_WORD / 2;
 constexpr int VALUE_WORDS = Values::Mine::N;
 constexpr int VALUE_TILES = VALUE_WORDS * Values::PER_WORD / 2;
 
+// Levels that are read at once: all, or none where tables are made of them.
+DEVICE constexpr int few(Book book, int bits) { return book == TABLE || book == TRELLIS ? 1 : 1 << bits; }
+constexpr int FEW_KEYS = few(KEY_BOOK, KEY_BITS), FEW_VALUES = few(VALUE_BOOK, VALUE_BITS);
+
 constexpr bool KEY_HALVES = KEY_BOOK == TABLE || KEY_BOOK == TRELLIS;
 constexpr bool TWO_HALVES = KEY_BOOK == TRELLIS;  // of a query: what the first one leaves is another column
 
@@ -68,37 +72,37 @@ KERNEL(THREADS, BLOCKS) decode(
     SHARED u16 queries[(1 + TWO_HALVES) * COLUMNS * PITCH];
     SHARED float warp_peak[WARPS][COLUMNS], warp_total[WARPS][COLUMNS];
     SHARED float bias_of[COLUMNS];
+    SHARED u32 fragments[2 * KEY_STEPS * FOURS * 32];
     SHARED u16 key_table[KEY_BOOK == TABLE ? 256 : 2], value_table[VALUE_BOOK == TABLE ? 256 : 2];
 
     constexpr int PASSES = (HEADS + COLUMNS - 1) / COLUMNS;
     const int pair = block_x() / PASSES, first_head = block_x() % PASSES * COLUMNS, part = block_y();
     const int heads = HEADS - first_head < COLUMNS ? HEADS - first_head : COLUMNS;
     const int row = pair / kv_heads, lane = thread() % 32, warp = thread() / 32, g = lane / 4, t = lane % 4;
+
+    // What waits for nothing is asked for first.
     const int held = clamp(index[0], layers - 1), lengths = clamp(layer[0], all_layers - 1) * batch + row;
-
-    Keys::Books key_book;
-    Values::Books value_book;
-
-    // What does not wait for the lengths is asked for first.
     const long long base = ((long long)row * kv_heads + pair % kv_heads) * HEADS + first_head;
     constexpr int PER_LANE = (D + 31) / 32, PER_WARP = (COLUMNS + WARPS - 1) / WARPS;
     const float temperature = scale[0] * (SOFT_CAP ? 1.0f : LOG2_E);
-    float turned_query[PER_WARP][PER_LANE];
+    float turned_query[PER_WARP][PER_LANE], some_keys[FEW_KEYS], some_values[FEW_VALUES];
 #pragma unroll
     for (int k = 0; k < PER_WARP; k++)
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
             const int head = k * WARPS + warp, c = lane * PER_LANE + i;
-            turned_query[k][i] = head < heads && c < D ? read(q, (base + head) * D + c, QUERIES) * temperature : 0.0f;
+            const bool there = head < heads && c < D;
+            turned_query[k][i] = read(q, there ? (base + head) * D + c : base * D, QUERIES) * (there ? temperature : 0.0f);
         }
-    key_book.prepare(key_levels, key_table, THREADS);
-    value_book.prepare(value_levels, value_table, THREADS);
-    if constexpr (TABLE_BYTES) {
-        int of_keys, of_values;
-        prepare_windows<KEY_BITS, VALUE_BITS>(arena, key_levels, value_levels, THREADS, of_keys, of_values);
-        give_table(key_book, arena, of_keys);
-        give_table(value_book, arena, of_values);
-    }
+    const Signs<KEY_ROUNDS, PER_LANE> key_sign(key_signs, lane);
+#pragma unroll
+    for (int i = 0; i < FEW_KEYS; i++) some_keys[i] = key_levels[i];
+#pragma unroll
+    for (int i = 0; i < FEW_VALUES; i++) some_values[i] = value_levels[i];
+    Keys::Books key_book;
+    Values::Books value_book;
+    key_book.prepare(FEW_KEYS > 1 ? some_keys : key_levels, key_table, THREADS);
+    value_book.prepare(FEW_VALUES > 1 ? some_values : value_levels, value_table, THREADS);
 
     // The tokens of this block: its share of those that the row reads from codes.
     const int tokens = length[lengths], unexact = exact_from[lengths];
@@ -129,11 +133,18 @@ KERNEL(THREADS, BLOCKS) decode(
             fetch(stages + i * STAGE, from, own_value_scales, place.of(ahead < last_start ? ahead : last_start), lane);
         end_group();
     }
+    if constexpr (TABLE_BYTES) {
+        int of_keys, of_values;
+        prepare_windows<KEY_BITS, VALUE_BITS>(arena, key_levels, value_levels, THREADS, of_keys, of_values);
+        give_table(key_book, arena, of_keys);
+        give_table(value_book, arena, of_values);
+    }
+
     // The queries: rotated, scaled to well inside a half, and as halves in the order of the key fragments.
     float largest = 0.0f;
 #pragma unroll
     for (int k = 0; k < PER_WARP; k++) {
-        if (k * WARPS + warp < heads) rotate<KEY_ROUNDS>(turned_query[k], key_signs, lane);
+        if (k * WARPS + warp < heads) rotate(turned_query[k], key_sign, lane);
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) largest = fmaxf(largest, fabsf(turned_query[k][i]));
     }
@@ -148,55 +159,56 @@ KERNEL(THREADS, BLOCKS) decode(
     const float grow = (KEY_HALVES ? 256.0f : 32600.0f) / largest;
     const float key_unit = key_book.step * rsqrt_(D) / grow;
 #pragma unroll
-    for (int k = 0; k < PER_WARP; k++)
+    for (int k = 0; k < PER_WARP; k++) {
+        const int head = k * WARPS + warp;
+        int sum = 0;
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
-            const int head = k * WARPS + warp, c = lane * PER_LANE + i;
+            const int c = lane * PER_LANE + i;
             const float x = turned_query[k][i] * grow;
-            if (head < COLUMNS && c < D) {
-                const u16 first = KEY_HALVES ? (u16)pack_halves(x, 0.0f) : (u16)(short)rint_(x);
-                queries[head * PITCH + c] = first;
-                if (TWO_HALVES)
-                    queries[(COLUMNS + head) * PITCH + c] = (u16)pack_halves(x - half_to_float(first), 0.0f);
+            if (head >= COLUMNS || c >= D) continue;
+            u16* to = queries + head * PITCH + c;
+            if (KEY_HALVES) {
+                *to = (u16)pack_halves(x, 0.0f);
+                if (TWO_HALVES) to[COLUMNS * PITCH] = (u16)pack_halves(x - half_to_float(*to), 0.0f);
+            } else {
+                const int factor = Keys::factor_at(c), integer = rint_(x / factor);
+                *to = (u16)(short)integer;
+                sum += factor * integer;
             }
         }
+        float bias = -(float)sum * key_book.offset;
+#pragma unroll
+        for (int mask = 16; mask; mask /= 2) bias += shuffle_xor(bias, mask);
+        if (lane == 0 && head < COLUMNS) bias_of[head] = bias;
+    }
     sync();
 
     // Column g of product k: a byte of head 4 k + g / 2, the upper one where g is even. Halves: head 4 k + g / 2 in even
-    // columns, and nothing in odd ones, or what the half left.
-    u32 query[KEY_STEPS][FOURS][2];
+    // columns, and nothing in odd ones, or what the half left. Warps share the work.
+    for (int n = warp; n < 2 * KEY_STEPS * FOURS; n += WARPS) {
+        const u16* head = queries + (4 * (n % FOURS) + g / 2) * PITCH;
+        const int i = n / FOURS / Keys::PER_WORD, h = n / FOURS % Keys::PER_WORD;
+        u32 both = 0;
 #pragma unroll
-    for (int k = 0; k < FOURS; k++) {
-        const u16* head = queries + (4 * k + g / 2) * PITCH;
-        int sum = 0;
-#pragma unroll
-        for (int i = 0; i < KEY_WORDS; i++)
-#pragma unroll
-            for (int h = 0; h < Keys::PER_WORD; h++) {
-                u32 both = 0;
-#pragma unroll
-                for (int e = 0; e < Keys::EACH; e++) {
-                    const int c = Keys::coordinate(t, i, h, e);
-                    if (TWO_HALVES) {
-                        both |= (u32)head[g % 2 * COLUMNS * PITCH + c] << 16 * e;
-                    } else if (KEY_HALVES) {
-                        both |= (c < 0 || g % 2 ? 0u : (u32)head[c]) << 16 * e;
-                    } else {
-                        int x = c < 0 ? 0 : (int)(short)head[c];
-                        if (Keys::factor(h) == 4) x = (x + 2) >> 2;
-                        sum += x * Keys::factor(h);
-                        both |= (u32)((g % 2 ? x : (x - (int)(signed char)x) >> 8) & 255) << 8 * e;
-                    }
-                }
-                const int at = i * Keys::PER_WORD + h;
-                query[at / 2][k][at % 2] = both;
+        for (int e = 0; e < Keys::EACH; e++) {
+            const int c = Keys::coordinate(t, i, h, e);
+            if (TWO_HALVES) {
+                both |= (u32)head[g % 2 * COLUMNS * PITCH + c] << 16 * e;
+            } else if (KEY_HALVES) {
+                both |= (c < 0 || g % 2 ? 0u : (u32)head[c]) << 16 * e;
+            } else {
+                const int x = c < 0 ? 0 : (int)(short)head[c];
+                both |= (u32)((g % 2 ? x : (x - (int)(signed char)x) >> 8) & 255) << 8 * e;
             }
-        float bias = -(float)sum * key_book.offset;
-        bias += shuffle_xor(bias, 1);
-        bias += shuffle_xor(bias, 2);
-        if (warp == 0 && t == 0 && g % 2 == 0) bias_of[4 * k + g / 2] = bias;
+        }
+        fragments[32 * n + lane] = both;
     }
     sync();
+    u32 query[KEY_STEPS][FOURS][2];
+#pragma unroll
+    for (int n = 0; n < 2 * KEY_STEPS * FOURS; n++)
+        query[n / FOURS / 2][n % FOURS][n / FOURS % 2] = fragments[32 * n + lane];
 
     float peak[FOURS], total[FOURS], bias[FOURS], acc[VALUE_TILES][SIDES][4], offset_sum[SIDES][4];
     float grown = bits_to_float((u32)(127 + 100) << 23);  // factor in the weights that meet values
@@ -415,12 +427,13 @@ KERNEL(THREADS, BLOCKS) decode(
         if (c == 0) sums[2 * place] = top, sums[2 * place + 1] = sum;
     }
     if constexpr (WHOLE) {
+        const Signs<VALUE_ROUNDS, SHARE> value_sign(value_signs, lane);
         sync();
         for (int head = warp; head < heads; head += WARPS) {
             const long long place = base + head;
             float x[SHARE], top, sum;
             weigh(parts + place * D, sums + 2 * place, 1, 0, 1, lane, x, top, sum);
-            finish(x, top, sum, value_signs, out, lse, base + head, lane);
+            finish(x, top, sum, value_sign, out, lse, base + head, lane);
         }
     }
 }

@@ -148,7 +148,7 @@ DEVICE float read_and_rotate(float (&y)[PER_LANE], const void* x, long long vect
     const Range range = range_of(peak);
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) y[i] *= range.down;
-    rotate<ROUNDS>(y, signs, lane);
+    rotate(y, Signs<ROUNDS, PER_LANE>(signs, lane), lane);
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) square += y[i] * y[i];
     square = sum_of_warp(square);

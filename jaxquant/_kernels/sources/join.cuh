@@ -25,11 +25,11 @@ DEVICE void weigh(const float* parts, const float* sums, int count, int way, int
 }
 
 // Divide by the total, rotate back and write.
-DEVICE void finish(float (&x)[SHARE], float top, float total, const signed char* signs, void* out, float* lse,
+DEVICE void finish(float (&x)[SHARE], float top, float total, const Signs<VALUE_ROUNDS, SHARE>& signs, void* out, float* lse,
                    long long head, int lane) {
 #pragma unroll
     for (int i = 0; i < SHARE; i++) x[i] = total > 0.0f ? x[i] / total : 0.0f;
-    unrotate<VALUE_ROUNDS>(x, signs, lane);
+    unrotate(x, signs, lane);
 #pragma unroll
     for (int i = 0; i < SHARE; i++)
         if (SHARE * lane + i < D) store(out, head * D + SHARE * lane + i, x[i], OUTPUT);

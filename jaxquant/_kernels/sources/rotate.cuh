@@ -19,25 +19,37 @@ DEVICE void transform(float (&x)[PER_LANE], int lane) {
     }
 }
 
+// The signs of ROUNDS rounds at a lane's coordinates, over sqrt(D).
 template <int ROUNDS, int PER_LANE>
-DEVICE void rotate(float (&x)[PER_LANE], const signed char* signs, int lane) {
+struct Signs {
+    float of[ROUNDS ? ROUNDS : 1][PER_LANE];
+
+    DEVICE Signs(const signed char* signs, int lane) {
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++)
+#pragma unroll
+            for (int i = 0; i < PER_LANE; i++)
+                of[round][i] = (float)signs[(32 * round + lane) * PER_LANE + i] * rsqrt_(32 * PER_LANE);
+    }
+};
+
+template <int ROUNDS, int PER_LANE>
+DEVICE void rotate(float (&x)[PER_LANE], const Signs<ROUNDS, PER_LANE>& signs, int lane) {
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
 #pragma unroll
-        for (int i = 0; i < PER_LANE; i++)
-            x[i] *= (float)signs[(32 * round + lane) * PER_LANE + i] * rsqrt_(32 * PER_LANE);
+        for (int i = 0; i < PER_LANE; i++) x[i] *= signs.of[round][i];
         transform(x, lane);
     }
 }
 
 template <int ROUNDS, int PER_LANE>
-DEVICE void unrotate(float (&x)[PER_LANE], const signed char* signs, int lane) {
+DEVICE void unrotate(float (&x)[PER_LANE], const Signs<ROUNDS, PER_LANE>& signs, int lane) {
 #pragma unroll
     for (int round = ROUNDS - 1; round >= 0; round--) {
         transform(x, lane);
 #pragma unroll
-        for (int i = 0; i < PER_LANE; i++)
-            x[i] *= (float)signs[(32 * round + lane) * PER_LANE + i] * rsqrt_(32 * PER_LANE);
+        for (int i = 0; i < PER_LANE; i++) x[i] *= signs.of[round][i];
     }
 }
 

@@ -97,7 +97,7 @@ struct AcrossCoordinates<DIM, BITS, TRELLIS> {
     static DEVICE int coordinate(int lane, int i, int h, int e) {
         return 8 * Mine::Dealt::first_byte(lane, i) / BITS + 2 * h + e;
     }
-    static DEVICE int factor(int h) { return 1; }
+    static DEVICE int factor_at(int c) { return 1; }
 };
 
 template <int DIM, int BITS>
