@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from jaxquant.plan import Machine
 
 # Of the read bandwidth of an H200, over whole operations, 32 rows of 131,072 tokens: docs/kernels.md.
-MEASURED = {"bf16": 1.0, "K4V4": 0.85, "K4V2": 0.84, "K2V2": 0.80, "K3V3": 0.71}
+MEASURED = {"bf16": 1.0, "K4V4": 0.84, "K4V2": 0.81, "K2V2": 0.78, "K3V3": 0.73}
 ASSUMED = 0.5  # where nothing was measured
-LAYER = {"bf16": 14e-6}  # seconds a layer beside attention and matrices, in the profile there
-PACKED_LAYER = 29e-6
-WEIGHTS = 0.79  # what 13 GiB of weights add to a step, there: 3.85 ms on average, where reading them takes 3.06
+LAYER = {"bf16": 12e-6}  # seconds that are left of a layer of the steps there, without weights, on average
+PACKED_LAYER = 20e-6
+WEIGHTS = 0.83  # what 13 GiB of weights add to a step, there: 3.78 ms on average, where reading them takes 3.15
 GIB = 2.0**30
 
 

@@ -255,7 +255,7 @@ MUTANTS = {
     "parts of a row overlap": ("first += part * share;", "", PARTS),
     "the place of a part": ("(base + head) * blocks_y() + part;", "(base + head) * blocks_y();", PARTS),
     "heads of other warps": ("head = warp; head < heads; head += WARPS", "head = warp; head < 1; head += WARPS", HEADS),
-    "rotated back by another's signs": ("(value_signs, lane);\n        sync", "(key_signs, lane);\n        sync", WHOLE),
+    "rotated back by others' signs": ("(value_signs, lane);\n        sync", "(key_signs, lane);\n        sync", WHOLE),
     "lanes have others' queries": ("fragments[32 * n + lane] = both", "fragments[32 * n + (lane ^ 1)] = both", USUAL),
     "planes of keys weigh the same": ("c / L::STRIDE % 2 ? 4 : 1", "false ? 4 : 1", SLIDING),
     "rings do not close": ("((N * lane + N) % L::WORDS)", "((N * lane + N - 1) % L::WORDS)", RINGS),
@@ -396,6 +396,8 @@ def test_trellis_codes_need_shared_memory(monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize(("sinks", "window", "cropped"), [(0, 0, None), (3, 20, None), (2, 40, 90)])
 def test_tokens_dealt_out_to_devices_are_found(sinks, window, cropped):
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
     mesh = jax.make_mesh((2,), ("tokens",), axis_types=(jax.sharding.AxisType.Auto,))
     layout = sharding.Layout(mesh, tokens="tokens", page=32)
     pair = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=2, fused=True)
