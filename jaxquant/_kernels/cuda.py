@@ -83,6 +83,7 @@ def coded(
         index=index,
         sinks=sinks,
         window=window,
+        together=spread is not None,
     )
 
 
@@ -99,8 +100,12 @@ def attend(
     sinks: int = 0,
     window: int = 0,
     table: Int[Array, "batch row_pages"] | None = None,
+    together: bool = False,
 ) -> Partial:
-    """Attend to keys and values in stacked buffers or, given a `table`, in pages [pages, kv_heads, page, ...]."""
+    """Attend to keys and values in stacked buffers or, given a `table`, in pages [pages, kv_heads, page, ...].
+
+    `together` writes outputs and log-sum-exps into one array where that can be, which then travels as it is.
+    """
     keys, values = quantizers
     assert isinstance(keys, Scalar | Trellis)
     assert isinstance(values, Scalar | Trellis)
@@ -121,6 +126,7 @@ def attend(
     if value_rounds is None:
         dtype = "float32"
         q = q.astype(dtype)
+    together = together and dtype == "float32" and value_rounds is not None
     windows = pair_window(keys), pair_window(values)
     bits, scales = (width(keys), width(values)), (keys.scale_dtype, values.scale_dtype)
     wide = cuda_blocks.wide(batch * kv_heads, slots, page)
@@ -142,13 +148,14 @@ def attend(
         wide=wide,
         page=page,
         whole=parts == 1,
+        together=together,
         windows=windows,
         capability=capability,
     )
     nothing = jnp.zeros((), jnp.float32)
     results = [
-        jax.ShapeDtypeStruct((batch, kv_heads, heads, dim), dtype),
-        jax.ShapeDtypeStruct((batch, kv_heads, heads), jnp.float32),
+        jax.ShapeDtypeStruct((batch, kv_heads, heads, dim + together), dtype),
+        jax.ShapeDtypeStruct((1,) if together else (batch, kv_heads, heads), jnp.float32),
     ]
     partial, sums, out, lse = decode(
         [
@@ -176,6 +183,8 @@ def attend(
     )
     if parts > 1:
         out, lse = combine([partial, sums, signs(values)], [parts], results, grid=(batch * kv_heads * heads, 1))
+    if together:
+        out, lse = out[..., :-1], out[..., -1]
     if value_rounds is None:
         out = values.restore(out)
     return Partial(out.astype(asked), lse)
@@ -208,6 +217,7 @@ def kernels(
     capability: tuple[int, int],
     page: int = 0,
     whole: bool = False,
+    together: bool = False,
     windows: tuple[int, int] = (0, 0),
 ) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
     """Compile `decode` and `combine` for one configuration."""
@@ -236,6 +246,7 @@ def kernels(
         "EVEN": int(even),
         "PAGE": page,
         "WHOLE": int(whole),
+        "TOGETHER": int(together),
     }
     numbers = nvrtc.constants(constants)
     named = f"constexpr Book KEY_BOOK = {books[0]}, VALUE_BOOK = {books[1]};"

@@ -1,6 +1,6 @@
 // Join the parts that `decode` wrote where it did not do so itself: one block a query head.
 //
-// Compiled with: D, OUTPUT (dtype: 0 float, 1 bfloat16, 2 half), VALUE_ROUNDS, WAYS (warps that share the parts).
+// Compiled with: WAYS (warps that share the parts), and what join.cuh is.
 constexpr int THREADS = 32 * WAYS;
 
 KERNEL(THREADS, 1) combine(const float* __restrict__ parts, const float* __restrict__ sums,

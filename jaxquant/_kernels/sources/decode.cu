@@ -15,7 +15,8 @@
 // QUERIES (0 float, 1 bfloat16, 2 half), OUTPUT, KEY_ROUNDS, VALUE_ROUNDS, SOFT_CAP, SLIDING (0 or 1), WARPS, BLOCKS (per
 // multiprocessor), TILE (tokens), STAGES (tiles of a warp in shared memory), KEY_WINDOW and VALUE_WINDOW (see
 // windows.cuh), EVEN (1 where slots are a multiple of 8), PAGE (tokens of a page, a multiple of TILE, or 0 where a row's
-// tokens are neighbours), WHOLE (1 where a row is one part, whose output is written here, 0 where `combine` joins them).
+// tokens are neighbours), WHOLE (1 where a row is one part, whose output is written here, 0 where `combine` joins them), and
+// what join.cuh is.
 
 constexpr int COLUMNS = HEADS > 8 && D <= 128 ? 16 : 8;
 constexpr int SIDES = COLUMNS / 8;               // products of values

@@ -1,4 +1,7 @@
 // What `decode` wrote of a query head, part by part, becomes its output and log-sum-exp: one vector a warp.
+//
+// Compiled with: D, OUTPUT (dtype: 0 float, 1 bfloat16, 2 half), VALUE_ROUNDS, TOGETHER (1 where each log-sum-exp lies
+// behind its output, as one more number of type float).
 constexpr int SHARE = (D + 31) / 32;  // neighbouring coordinates of a lane
 
 // Add up every `ways`-th part from `way` on, weighed by how far its peak is below the highest.
@@ -32,6 +35,7 @@ DEVICE void finish(float (&x)[SHARE], float top, float total, const Signs<VALUE_
     unrotate(x, signs, lane);
 #pragma unroll
     for (int i = 0; i < SHARE; i++)
-        if (SHARE * lane + i < D) store(out, head * D + SHARE * lane + i, x[i], OUTPUT);
-    if (lane == 0) lse[head] = total > 0.0f ? 0.6931471805599453f * (top + log2_(total)) : -INFINITY;
+        if (SHARE * lane + i < D) store(out, head * (D + TOGETHER) + SHARE * lane + i, x[i], OUTPUT);
+    float* to = TOGETHER ? (float*)out + head * (D + 1) + D : lse + head;
+    if (lane == 0) *to = total > 0.0f ? 0.6931471805599453f * (top + log2_(total)) : -INFINITY;
 }
