@@ -256,7 +256,7 @@ MUTANTS = {
     "the place of a part": ("(base + head) * blocks_y() + part;", "(base + head) * blocks_y();", PARTS),
     "heads of other warps": ("head = warp; head < heads; head += WARPS", "head = warp; head < 1; head += WARPS", HEADS),
     "rotated back by others' signs": ("(value_signs, lane);\n        sync", "(key_signs, lane);\n        sync", WHOLE),
-    "lanes have others' queries": ("fragments[32 * n + lane] = both", "fragments[32 * n + (lane ^ 1)] = both", USUAL),
+    "lanes have others' queries": ("fragments[32 * n + lane] = frag", "fragments[32 * n + (lane ^ 1)] = frag", USUAL),
     "planes of keys weigh the same": ("c / L::STRIDE % 2 ? 4 : 1", "false ? 4 : 1", SLIDING),
     "rings do not close": ("((N * lane + N) % L::WORDS)", "((N * lane + N - 1) % L::WORDS)", RINGS),
     "rings of half a word do not close": ("(2 * lane + 2) % L::ROW) << 16", "2 * lane) << 16", SMALL_RINGS),

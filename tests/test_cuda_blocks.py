@@ -12,10 +12,13 @@ ALL = {(8, 0): 164, (8, 6): 100, (8, 7): 164, (8, 9): 100, (9, 0): 228, (10, 0):
 MOST = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 
 
-def static(shape: cuda_blocks.Shape, dim: int, *, keys_are_halves: bool) -> int:
-    """Count what a block of `decode.cu` declares: queries, tables of 8 bits, sums of warps."""
-    queries = (4 if keys_are_halves else 2) * shape.columns * (dim + 8)
-    return queries + 2 * 512 + 8 * shape.warps * shape.columns + 4 * shape.columns
+def static(shape: cuda_blocks.Shape, dim: int, heads: int, *, key_bits: int, trellis: bool = False) -> int:
+    """Count what a block of `decode.cu` declares: queries, their fragments, tables of 8 bits, sums of warps."""
+    queries = (4 if trellis else 2) * shape.columns * (dim + 8)
+    words = -(-dim * (2 if key_bits == 3 else key_bits) // 32 // 4)  # of a key, of each of four lanes
+    operands = words * {2: 4, 3: 4, 4: 2, 8: 0}[key_bits]
+    fragments = 0 if trellis else 128 * operands * -(-min(heads, shape.columns) // 4)
+    return queries + fragments + 2 * 512 + 8 * shape.warps * shape.columns + 4 * shape.columns
 
 
 @settings(max_examples=1000, deadline=None)
@@ -29,9 +32,10 @@ def static(shape: cuda_blocks.Shape, dim: int, *, keys_are_halves: bool) -> int:
 )
 def test_blocks_fit_into_shared_memory(capability, dim, heads, bits, scales, wide):
     vector = sum(bits) * dim // 8 + scales
-    shape = cuda_blocks.shape(dim, heads, vector, (0, 0), capability, wide=wide)
-    assert shape.shared + static(shape, dim, keys_are_halves=False) <= 1024 * MOST[capability]
-    each = shape.shared + static(shape, dim, keys_are_halves=False) + 1024  # that the system takes of each
+    shape = cuda_blocks.shape(dim, heads, vector, (0, 0), capability, wide=wide, halves=bits[0] == 8)
+    declared = static(shape, dim, heads, key_bits=bits[0])
+    assert shape.shared + declared <= 1024 * MOST[capability]
+    each = shape.shared + declared + 1024  # that the system takes of each
     assert shape.blocks * each <= 1024 * ALL[capability]
     assert shape.shared >= shape.stages * shape.warps * shape.tile * vector
     assert shape.stages >= 2
@@ -42,8 +46,9 @@ def test_blocks_fit_into_shared_memory(capability, dim, heads, bits, scales, wid
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("heads", [1, 8, 16])
 def test_blocks_with_tables_fit_too(windows, dim, heads):
-    shape = cuda_blocks.shape(dim, heads, 2 * (dim // 4 + 2), windows, (9, 0), wide=True)
-    assert shape.shared + static(shape, dim, keys_are_halves=windows[0] > 0) <= 1024 * MOST[9, 0]
+    vector = 2 * (dim // 4 + 2)
+    shape = cuda_blocks.shape(dim, heads, vector, windows, (9, 0), wide=True, halves=windows[0] > 0)
+    assert shape.shared + static(shape, dim, heads, key_bits=2, trellis=windows[0] > 0) <= 1024 * MOST[9, 0]
     assert shape.tile == cuda_blocks.TILE
 
 
@@ -62,5 +67,5 @@ def test_blocks_with_tables_fit_too(windows, dim, heads):
 def test_wide_tiles_are_for_much_to_read(rows, slots, page, wide, monkeypatch):
     monkeypatch.setattr(cuda_blocks, "cores", lambda: 132)
     assert cuda_blocks.wide(rows, slots, page) == wide
-    shape = cuda_blocks.shape(128, 4, 132, (0, 0), (9, 0), wide=wide)
+    shape = cuda_blocks.shape(128, 4, 132, (0, 0), (9, 0), wide=wide, halves=False)
     assert (shape.tile, shape.blocks) == ((64, 1) if wide else (32, 2))

@@ -45,6 +45,7 @@ LAST_RULE = Case(keys="2", values="4 bytes", x="float16", wild=True, rules=("lea
 STACKS = Case(keys="3", exact_layers=(1,), new=2)
 WILD = Case(x="float32", scales=("float32", "float16"), wild=True, new=6)
 MANY = Case(keys="3", new=40, lengths=(3, 30, 0), cores=1)
+OFFSETS = Case(keys="2 uniform", values="4 bytes", dim=64, rules=("preserve", "least_squares"), new=17)
 CASES = [
     USUAL,
     MANY,
@@ -61,6 +62,8 @@ CASES = [
     Case(keys="4 bytes", values="3", dim=256, new=1, rotation="hadamard 3", x="float16", rules=("norm", "unbiased")),
     Case(keys="3", values="2", rotation="haar", rules=("unbiased", "preserve"), lengths=(0, 48, 47)),
     Case(keys="4", values="8", rotation="identity", x="float16", new=33, lengths=(20, 0, 1)),
+    OFFSETS,
+    Case(keys="8", values="8", dim=64, rules=("preserve", "least_squares"), new=3),
     Case(sinks=3, window=4, lengths=(0, 2, 46), new=7),
     Case(keys="2", layer=2, exact_layers=(0,), new=20, lengths=(0, 5, 30, 31, 1)),
 ]
@@ -129,6 +132,7 @@ MUTANTS = {
     "thresholds": ("(levels[i] + levels[i - 1]) / 2;", "levels[i];", USUAL),
     "vectors read ahead": ("fetch(words, bytes_of(after, 0)", "fetch(words, bytes_of(tile, 0)", MANY),
     "squares of levels": ("some[half], some[half], squares)", "some[half], some[half], 0)", USUAL),
+    "levels less 128": ("books.offset -= 128.0f;", "", OFFSETS),
     "the offset of levels": ("- 2.0f * offset * (float)sum", "+ 2.0f * offset * (float)sum", MANY),
     "levels of both vectors": ("(t % 2 ? even : odd, 1)", "(t % 2 ? odd : even, 1)", USUAL),
     "later tiles": ("now = next, tile = after;", "now = tiles, tile = after;", MANY),

@@ -36,7 +36,14 @@ class Shape(NamedTuple):
 
 
 def shape(
-    dim: int, heads: int, vector: int, windows: tuple[int, int], capability: tuple[int, int], *, wide: bool
+    dim: int,
+    heads: int,
+    vector: int,
+    windows: tuple[int, int],
+    capability: tuple[int, int],
+    *,
+    wide: bool,
+    halves: bool,
 ) -> Shape:
     """Choose a block.
 
@@ -50,11 +57,12 @@ def shape(
         windows: bits of the windows of trellis codes, of keys and of values; 0 for scalar codes.
         capability: of the GPU.
         wide: whether tiles may have 64 tokens, see `wide`.
+        halves: whether keys become halves, as those of 8 bits and of trellis codes do, and not bytes.
     """
     columns = 16 if heads > 8 and dim < 256 else 8
-    fours = -(-min(heads, columns) // 4)  # of them, a product of keys takes four
-    # Queries, in two orders and at most as two halves each, and what is small.
-    kept = (4 if windows[0] else 2) * columns * (dim + 8) + 16 * dim * fours + 2048
+    kept = (4 if windows[0] else 2) * columns * (dim + 8) + 2048  # queries, and what is small
+    if not halves:  # the bytes of queries, as products of four heads take them
+        kept += 8 * _power_of_two(dim) * -(-min(heads, columns) // 4)
     whole = 1024 * _SHARED.get(capability, _LEAST_SHARED) - _table(windows)
     room = whole - kept
 
@@ -86,6 +94,10 @@ def wide(rows: int, slots: int, page: int) -> bool:
     """
     fits = slots >= _WIDE and slots % 8 == 0 and page % _WIDE == 0
     return fits and rows * slots >= 2 * cores() * _WIDE_WARPS * _WIDE
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def _table(windows: tuple[int, int]) -> int:

@@ -17,7 +17,6 @@ from jaxquant.quantizers import Quantized
 from jaxquant.trellis import Trellis
 
 _WARPS = 4
-_BLOCKS = 3  # a multiprocessor
 
 
 def unsupported(store: Store) -> str | None:
@@ -75,7 +74,7 @@ def encode(
     else:
         made = kernel(bits=quantizer.bits, book=cuda_formats.book(quantizer), **constants)
         tiles = -(-batch * x.shape[1] // 16) * kv_heads
-        work, blocks = -(-tiles // _WARPS), _BLOCKS
+        work, blocks = -(-tiles // _WARPS), _blocks(quantizer.dim)
     codes, scales = made(
         [
             x,
@@ -92,6 +91,11 @@ def encode(
         aliases={5: 0, 6: 1},
     )
     return Quantized(codes=codes, scales=scales)
+
+
+def _blocks(dim: int) -> int:
+    """Give the blocks of a multiprocessor: vectors of 256 numbers need all registers that two can have."""
+    return 2 if dim == 256 else 3
 
 
 @functools.cache
@@ -113,7 +117,7 @@ def kernel(
         "SCALES": cuda_formats.DTYPES[scales],
         "INPUT": cuda_formats.DTYPES[given],
         "ROUNDS": rounds,
-        "BLOCKS": _BLOCKS,
+        "BLOCKS": _blocks(dim),
         "RULE": cuda_formats.RULES[rule],
     }
     named = f"constexpr Book BOOK = {book};"

@@ -2,7 +2,8 @@
 //
 // Lane t of four holds coordinates i D/4 + t D/16 + r, i < 4 and r < D/16, of a vector: those whose codes share bytes.
 //
-// Compiled with: D (a power of two), BITS, BOOK, RULE (0 norm, 1 preserve, 2 unbiased, 3 least squares).
+// Compiled after codes.cuh and lengths.cuh, with: D (a power of two), BITS, BOOK, RULE (0 norm, 1 preserve, 2 unbiased, 3
+// least squares).
 typedef Layout<D, BITS> L;
 constexpr int LEVELS = 1 << BITS, RUN = D / 16, HELD = D / 4;
 constexpr int PLANES = L::PER_WORD / 4, FIELDS = HELD / PLANES / 4, THIRDS = BITS == 3 ? FIELDS : 1;
@@ -60,7 +61,7 @@ struct Coder {
             for (int i = thread(); i < CELLS && CELLS > LEVELS; i += threads)
                 shared_table[i] = stored(assign((((float)i - 0.5f) / (CELLS - 1) - origin) / per_cell));
             books.prepare(levels, nullptr, threads);
-            if (BOOK == ANY) {
+            if (BOOK == ANY) {  // less 128, since products take signed bytes
 #pragma unroll
                 for (int i = 0; i < 4; i++) books.table[i] ^= 0x80808080u;
                 books.offset -= 128.0f;
@@ -79,8 +80,8 @@ struct Coder {
 
     DEVICE u32 code_of(float y, float unit, float per_cell_of_unit) const {
         if (TREE) return assign(y * unit);
-        const float share = multiply_add_clamped(y, per_cell_of_unit, origin);
-        return CELLS > LEVELS ? byte_at_ceiling<CELLS - 1>(table, share) : ceiling<CELLS - 1>(share);
+        const float fraction = multiply_add_clamped(y, per_cell_of_unit, origin);
+        return CELLS > LEVELS ? byte_at_ceiling<CELLS - 1>(table, fraction) : ceiling<CELLS - 1>(fraction);
     }
 
     // Add eight levels, as integers without their offset, and their squares.
@@ -146,6 +147,7 @@ DEVICE void store_words(u8* to, const u32* words) {
     } else if constexpr (N == 2) {
         *(Words2*)to = {words[0], words[1]};
     } else {
+        static_assert(N == 1, "words are written by one, two or four");
         *(u32*)to = words[0];
     }
 }

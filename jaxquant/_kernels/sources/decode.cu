@@ -32,7 +32,7 @@ constexpr int KEY_STEPS = KEY_WORDS * Keys::PER_WORD / 2;
 constexpr int VALUE_WORDS = Values::Mine::N;
 constexpr int VALUE_TILES = VALUE_WORDS * Values::PER_WORD / 2;
 
-// Levels that are read at once: all, or none where tables are made of them.
+// Levels that are read at once: all, or one where tables are made of them.
 DEVICE constexpr int few(Book book, int bits) { return book == TABLE || book == TRELLIS ? 1 : 1 << bits; }
 constexpr int FEW_KEYS = few(KEY_BOOK, KEY_BITS), FEW_VALUES = few(VALUE_BOOK, VALUE_BITS);
 
@@ -73,7 +73,8 @@ KERNEL(THREADS, BLOCKS) decode(
     SHARED u16 queries[(1 + TWO_HALVES) * COLUMNS * PITCH];
     SHARED float warp_peak[WARPS][COLUMNS], warp_total[WARPS][COLUMNS];
     SHARED float bias_of[COLUMNS];
-    SHARED u32 fragments[2 * KEY_STEPS * FOURS * 32];
+    constexpr int FRAGMENTS = 2 * KEY_STEPS * FOURS;
+    SHARED u32 fragments[KEY_HALVES ? 1 : 32 * FRAGMENTS];
     SHARED u16 key_table[KEY_BOOK == TABLE ? 256 : 2], value_table[VALUE_BOOK == TABLE ? 256 : 2];
 
     constexpr int PASSES = (HEADS + COLUMNS - 1) / COLUMNS;
@@ -93,7 +94,8 @@ KERNEL(THREADS, BLOCKS) decode(
         for (int i = 0; i < PER_LANE; i++) {
             const int head = k * WARPS + warp, c = lane * PER_LANE + i;
             const bool there = head < heads && c < D;
-            turned_query[k][i] = read(q, there ? (base + head) * D + c : base * D, QUERIES) * (there ? temperature : 0.0f);
+            const float x = read(q, there ? (base + head) * D + c : base * D, QUERIES);
+            turned_query[k][i] = there ? x * temperature : 0.0f;
         }
     const Signs<KEY_ROUNDS, PER_LANE> key_sign(key_signs, lane);
 #pragma unroll
@@ -141,7 +143,7 @@ KERNEL(THREADS, BLOCKS) decode(
         give_table(value_book, arena, of_values);
     }
 
-    // The queries: rotated, scaled to well inside a half, and as halves in the order of the key fragments.
+    // The queries: rotated, scaled, and as integers of 16 bits or as halves, in the order of their coordinates.
     float largest = 0.0f;
 #pragma unroll
     for (int k = 0; k < PER_WARP; k++) {
@@ -186,8 +188,8 @@ KERNEL(THREADS, BLOCKS) decode(
     sync();
 
     // Column g of product k: a byte of head 4 k + g / 2, the upper one where g is even. Halves: head 4 k + g / 2 in even
-    // columns, and nothing in odd ones, or what the half left. Warps share the work.
-    for (int n = warp; n < 2 * KEY_STEPS * FOURS; n += WARPS) {
+    // columns, and nothing in odd ones, or what the half left.
+    const auto fragment = [&](int n) {
         const u16* head = queries + (4 * (n % FOURS) + g / 2) * PITCH;
         const int i = n / FOURS / Keys::PER_WORD, h = n / FOURS % Keys::PER_WORD;
         u32 both = 0;
@@ -203,13 +205,17 @@ KERNEL(THREADS, BLOCKS) decode(
                 both |= (u32)((g % 2 ? x : (x - (int)(signed char)x) >> 8) & 255) << 8 * e;
             }
         }
-        fragments[32 * n + lane] = both;
+        return both;
+    };
+    // Halves are twice as many and cost no arithmetic; bytes are made by all warps together.
+    if (!KEY_HALVES) {
+        for (int n = warp; n < FRAGMENTS; n += WARPS) fragments[32 * n + lane] = fragment(n);
+        sync();
     }
-    sync();
     u32 query[KEY_STEPS][FOURS][2];
 #pragma unroll
-    for (int n = 0; n < 2 * KEY_STEPS * FOURS; n++)
-        query[n / FOURS / 2][n % FOURS][n / FOURS % 2] = fragments[32 * n + lane];
+    for (int n = 0; n < FRAGMENTS; n++)
+        query[n / FOURS / 2][n % FOURS][n / FOURS % 2] = KEY_HALVES ? fragment(n) : fragments[32 * n + lane];
 
     float peak[FOURS], total[FOURS], bias[FOURS], acc[VALUE_TILES][SIDES][4], offset_sum[SIDES][4];
     float grown = bits_to_float((u32)(127 + 100) << 23);  // factor in the weights that meet values

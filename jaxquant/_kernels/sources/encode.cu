@@ -3,7 +3,8 @@
 // A warp takes a tile of 16 tokens of one head at a time. Lane (g, t), g = lane / 4 and t = lane % 4, holds a share
 // (assign.cuh) of the vectors of tokens g and g + 8. Of a Hadamard transform, tensor cores do the four bits of a
 // coordinate's index that are t and the lowest of r, and butterflies in registers the others. Their product takes numbers
-// of 8 bits: anything finer than bfloat16 goes through as a sum of two. Vectors of bfloat16 are read one tile ahead.
+// of 8 bits: anything finer than bfloat16 goes through as a sum of two. Vectors of bfloat16 that are rotated here are read
+// one tile ahead.
 //
 // Compiled with: D (a power of two), BITS, BOOK, SCALES and INPUT (0 float, 1 bfloat16, 2 half), ROUNDS, BLOCKS (per
 // multiprocessor), RULE (0 norm, 1 preserve, 2 unbiased, 3 least squares).
@@ -84,7 +85,7 @@ DEVICE void transform_packed(float (&a)[HELD], float (&b)[HELD], const u32 (&wor
 DEVICE void read_share(float (&y)[HELD], const void* x, long long vector, int t, const u32* flips) {
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
-        const u32 flip = i % 2 ? flips[i / 2] & 0x80000000u : flips[i / 2] << 16;
+        const u32 flip = !ROUNDS ? 0u : i % 2 ? flips[i / 2] & 0x80000000u : flips[i / 2] << 16;
         y[i] = bits_to_float(float_to_bits(read(x, vector * D + coordinate(t, i), INPUT)) ^ flip);
     }
 }
@@ -110,8 +111,12 @@ DEVICE float sum_of_four(float x) {
     return x + shuffle_xor(x, 2);
 }
 
+// Lanes of even t finish the first of two vectors, and those of odd t the second.
+template <class T>
+DEVICE T own(const T (&pair)[2], int t) { return t % 2 ? pair[1] : pair[0]; }
+
 // The sum over four lanes of `even`, where t is even, or of `odd`.
-DEVICE float sum_of_four(float even, float odd, int t) {
+DEVICE float sums_of_four(float even, float odd, int t) {
     const float x = (t % 2 ? odd : even) + shuffle_xor(t % 2 ? even : odd, 1);
     return x + shuffle_xor(x, 2);
 }
@@ -238,11 +243,10 @@ KERNEL(THREADS, BLOCKS) encode(const void* __restrict__ x, const int* __restrict
         float rounds = 1.0f, along = 0.0f, energy = 0.0f;
 #pragma unroll
         for (int round = 0; round < ROUNDS; round++) rounds *= rsqrt_(D);
-        if (RULE > 1) along = sum_of_four(made[0].along, made[1].along, t);
-        if (RULE % 2) energy = sum_of_four(made[0].energy, made[1].energy, t);
-        const float size = length_of(sqrtf(t % 2 ? square[1] : square[0]) * rounds, t % 2 ? grown[1] : grown[0]);
-        if (t < 2 && (t % 2 ? wanted[1] : wanted[0]))
-            store(scales, t % 2 ? place[1] : place[0], stored_scale(size, along, energy), SCALES);
+        if (RULE > 1) along = sums_of_four(made[0].along, made[1].along, t);
+        if (RULE % 2) energy = sums_of_four(made[0].energy, made[1].energy, t);
+        const float size = length_of(sqrtf(own(square, t)) * rounds, own(grown, t));
+        if (t < 2 && own(wanted, t)) store(scales, own(place, t), stored_scale(size, along, energy), SCALES);
         now = next, tile = after;
     }
 }

@@ -94,18 +94,16 @@ DEVICE float log2_(float x) { return log2f(x); }
 DEVICE float rsqrt_(float x) { return rsqrtf(x); }
 DEVICE float multiply_add_clamped(float a, float b, float c) { return __saturatef(__fmaf_rn(a, b, c)); }  // to [0, 1]
 
-// The integer from which x * N, with 0 <= x <= 1, is rounded up: that many times the smallest float, whose bits are one.
+// The integer to which x * N, with 0 <= x <= 1, is rounded up: that many times the smallest float, whose bits are it.
 template <int N>
 DEVICE u32 ceiling(float x) { return __float_as_uint(__fmul_ru(x, __uint_as_float(N))); }
 
-// The byte of that index of a table in shared memory, whose address goes into the same sum.
+// The byte of that index of a table in shared memory, whose address goes into the same sum: it is far below 2^23, so that
+// its bits are a multiple of the smallest float too.
 template <int N>
 DEVICE u32 byte_at_ceiling(const u8* table, float x) {
-    const u32 start = (u32)__cvta_generic_to_shared(table);
-    u32 byte;
-    asm volatile("ld.shared.u8 %0, [%1];"
-                 : "=r"(byte) : "r"(__float_as_uint(__fmaf_ru(x, __uint_as_float(N), __uint_as_float(start)))));
-    return byte;
+    const float start = __uint_as_float((u32)__cvta_generic_to_shared(table));
+    return *(const u8*)__cvta_shared_to_generic(__float_as_uint(__fmaf_ru(x, __uint_as_float(N), start)));
 }
 
 DEVICE u32 multiply_high(u32 a, u32 b) { return __umulhi(a, b); }
