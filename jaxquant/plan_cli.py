@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from jaxquant.plan import Machine
 
 # Of the read bandwidth of an H200, over whole operations, 32 rows of 131,072 tokens: docs/kernels.md.
-MEASURED = {"bf16": 1.0, "K4V4": 0.84, "K4V2": 0.81, "K2V2": 0.78, "K3V3": 0.73}
+MEASURED = {"bf16": 0.99, "K4V4": 0.84, "K4V2": 0.81, "K2V2": 0.78, "K3V3": 0.73}
 ASSUMED = 0.5  # where nothing was measured
-LAYER = {"bf16": 12e-6}  # seconds that are left of a layer of the steps there, without weights, on average
+LAYER = {"bf16": 7e-6}  # seconds that are left of a layer of the steps there, without weights, on average
 PACKED_LAYER = 20e-6
 WEIGHTS = 0.83  # what 13 GiB of weights add to a step, there: 3.78 ms on average, where reading them takes 3.15
 GIB = 2.0**30
