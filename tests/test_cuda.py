@@ -1,6 +1,7 @@
 """Decode attention by the CUDA kernels, emulated: against XLA, and against an oracle in float64 that shares no code."""
 
 import functools
+import re
 import shutil
 from typing import Any, NamedTuple
 
@@ -391,6 +392,27 @@ def test_trellis_codes_need_shared_memory(monkeypatch):
     ):
         monkeypatch.setattr(nvrtc, "capability", lambda lowest=lowest: lowest)
         assert cuda.unsupported(c.stacks[0], 1, rule) == reason
+
+
+@needs_compiler
+def test_what_devices_exchange_leaves_the_kernel_in_one_piece():
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.make_mesh((2,), ("tokens",), axis_types=(jax.sharding.AxisType.Auto,))
+    layout = sharding.Layout(mesh, tokens="tokens", page=32)
+    pair = turboquant.kv(jax.random.key(0), dim=64, bits_k=4, bits_v=2, fused=True)
+    held = sharding.init(layout, *pair, layers=1, batch=3, kv_heads=2, capacity=190)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def attend(q, held, implementation):
+        return sharding.decode_attention(layout, q, held, 0, implementation=implementation)
+
+    q = jax.random.normal(jax.random.key(3), (3, 8, 64))
+    with emulate.installed():
+        fused, plain = (attend.lower(q, held, name).compile().as_text() for name in ("cuda", "xla"))
+    pieced = re.compile(r"65\]\S* concatenate\(")  # outputs of 64 numbers and a log-sum-exp
+    assert pieced.search(plain)
+    assert not pieced.search(fused)
 
 
 @needs_compiler

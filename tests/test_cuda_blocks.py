@@ -1,8 +1,8 @@
 """How decode attention is dealt out: blocks have the shared memory they ask for, on every kind of GPU."""
 
+import itertools
+
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jaxquant._kernels import cuda_blocks
 
@@ -21,25 +21,21 @@ def static(shape: cuda_blocks.Shape, dim: int, heads: int, *, key_bits: int, tre
     return queries + fragments + 2 * 512 + 8 * shape.warps * shape.columns + 4 * shape.columns
 
 
-@settings(max_examples=1000, deadline=None)
-@given(
-    capability=st.sampled_from(sorted(MOST)),
-    dim=st.sampled_from([64, 80, 96, 128, 256]),
-    heads=st.integers(1, 16),
-    bits=st.tuples(st.sampled_from([2, 3, 4, 8]), st.sampled_from([2, 3, 4, 8])),
-    scales=st.sampled_from([4, 6, 8]),
-    wide=st.booleans(),
-)
-def test_blocks_fit_into_shared_memory(capability, dim, heads, bits, scales, wide):
-    vector = sum(bits) * dim // 8 + scales
-    shape = cuda_blocks.shape(dim, heads, vector, (0, 0), capability, wide=wide, halves=bits[0] == 8)
-    declared = static(shape, dim, heads, key_bits=bits[0])
-    assert shape.shared + declared <= 1024 * MOST[capability]
-    each = shape.shared + declared + 1024  # that the system takes of each
-    assert shape.blocks * each <= 1024 * ALL[capability]
-    assert shape.shared >= shape.stages * shape.warps * shape.tile * vector
-    assert shape.stages >= 2
-    assert shape.warps >= 1
+@pytest.mark.parametrize("capability", MOST)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_blocks_fit_into_shared_memory(capability, dim):
+    widths = 2, 3, 4, 8
+    # Blocks differ with up to 8 heads and with more, and the most heads of either ask for most.
+    for heads, *bits, scales, wide in itertools.product((8, 16), widths, widths, (4, 6, 8), (False, True)):
+        vector = sum(bits) * dim // 8 + scales
+        shape = cuda_blocks.shape(dim, heads, vector, (0, 0), capability, wide=wide)
+        declared = static(shape, dim, heads, key_bits=bits[0])
+        assert shape.shared + declared <= 1024 * MOST[capability]
+        each = shape.shared + declared + 1024  # that the system takes of each
+        assert shape.blocks * each <= 1024 * ALL[capability]
+        assert shape.shared >= shape.stages * shape.warps * shape.tile * vector
+        assert shape.stages >= 2
+        assert shape.warps >= 1
 
 
 @pytest.mark.parametrize("windows", [(10, 10), (9, 0), (0, 10)])
@@ -47,7 +43,7 @@ def test_blocks_fit_into_shared_memory(capability, dim, heads, bits, scales, wid
 @pytest.mark.parametrize("heads", [1, 8, 16])
 def test_blocks_with_tables_fit_too(windows, dim, heads):
     vector = 2 * (dim // 4 + 2)
-    shape = cuda_blocks.shape(dim, heads, vector, windows, (9, 0), wide=True, halves=windows[0] > 0)
+    shape = cuda_blocks.shape(dim, heads, vector, windows, (9, 0), wide=True)
     assert shape.shared + static(shape, dim, heads, key_bits=2, trellis=windows[0] > 0) <= 1024 * MOST[9, 0]
     assert shape.tile == cuda_blocks.TILE
 
@@ -67,5 +63,5 @@ def test_blocks_with_tables_fit_too(windows, dim, heads):
 def test_wide_tiles_are_for_much_to_read(rows, slots, page, wide, monkeypatch):
     monkeypatch.setattr(cuda_blocks, "cores", lambda: 132)
     assert cuda_blocks.wide(rows, slots, page) == wide
-    shape = cuda_blocks.shape(128, 4, 132, (0, 0), (9, 0), wide=wide, halves=False)
+    shape = cuda_blocks.shape(128, 4, 132, (0, 0), (9, 0), wide=wide)
     assert (shape.tile, shape.blocks) == ((64, 1) if wide else (32, 2))

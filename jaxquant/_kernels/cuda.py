@@ -131,9 +131,7 @@ def attend(
     bits, scales = (width(keys), width(values)), (keys.scale_dtype, values.scale_dtype)
     wide = cuda_blocks.wide(batch * kv_heads, slots, page)
     capability = nvrtc.capability() or (9, 0)
-    halves = bits[0] == 8 or windows[0] > 0
-    vector = _vector(dim, bits, scales)
-    shape = cuda_blocks.shape(dim, heads, vector, windows, capability, wide=wide, halves=halves)
+    shape = cuda_blocks.shape(dim, heads, _vector(dim, bits, scales), windows, capability, wide=wide)
     passes = -(-heads // shape.columns)
     parts = cuda_blocks.parts(batch * kv_heads * passes, slots, shape)
     decode, combine = kernels(
@@ -224,9 +222,7 @@ def kernels(
 ) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
     """Compile `decode` and `combine` for one configuration."""
     ways = 8
-    halves = bits[0] == 8 or windows[0] > 0
-    vector = _vector(dim, bits, scales)
-    shape = cuda_blocks.shape(dim, heads, vector, windows, capability, wide=wide, halves=halves)
+    shape = cuda_blocks.shape(dim, heads, _vector(dim, bits, scales), windows, capability, wide=wide)
     constants = {
         "D": dim,
         "HEADS": heads,

@@ -10,7 +10,8 @@ from jaxquant._kernels import cuda_formats
 TILE, _WIDE = 32, 64  # tokens that a warp reads at a time
 _WIDE_WARPS = 12
 _MOST_STAGES = 3  # of narrow tiles, and 2 of wide ones
-# KB of a multiprocessor that queries, tables and stages of its blocks share
+# KB of a multiprocessor that queries, tables and stages of its blocks share: ten less than it has, for what the system
+# takes of each block and for the bytes of queries in the order of products
 _SHARED = {(8, 0): 154, (8, 7): 154} | dict.fromkeys(cuda_formats.ROOMY, 218)
 _LEAST_SHARED = 90  # on all others
 
@@ -36,14 +37,7 @@ class Shape(NamedTuple):
 
 
 def shape(
-    dim: int,
-    heads: int,
-    vector: int,
-    windows: tuple[int, int],
-    capability: tuple[int, int],
-    *,
-    wide: bool,
-    halves: bool,
+    dim: int, heads: int, vector: int, windows: tuple[int, int], capability: tuple[int, int], *, wide: bool
 ) -> Shape:
     """Choose a block.
 
@@ -57,12 +51,9 @@ def shape(
         windows: bits of the windows of trellis codes, of keys and of values; 0 for scalar codes.
         capability: of the GPU.
         wide: whether tiles may have 64 tokens, see `wide`.
-        halves: whether keys become halves, as those of 8 bits and of trellis codes do, and not bytes.
     """
     columns = 16 if heads > 8 and dim < 256 else 8
     kept = (4 if windows[0] else 2) * columns * (dim + 8) + 2048  # queries, and what is small
-    if not halves:  # the bytes of queries, as products of four heads take them
-        kept += 8 * _power_of_two(dim) * -(-min(heads, columns) // 4)
     whole = 1024 * _SHARED.get(capability, _LEAST_SHARED) - _table(windows)
     room = whole - kept
 
@@ -94,10 +85,6 @@ def wide(rows: int, slots: int, page: int) -> bool:
     """
     fits = slots >= _WIDE and slots % 8 == 0 and page % _WIDE == 0
     return fits and rows * slots >= 2 * cores() * _WIDE_WARPS * _WIDE
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _table(windows: tuple[int, int]) -> int:

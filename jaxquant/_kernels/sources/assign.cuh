@@ -66,8 +66,8 @@ struct Coder {
                 for (int i = 0; i < 4; i++) books.table[i] ^= 0x80808080u;
                 books.offset -= 128.0f;
             }
+            sync();
         }
-        sync();
     }
 
     // The number of thresholds below y: entry 1 is asked first, then 2 or 3, then one of 4 to 7, ...

@@ -98,8 +98,8 @@ DEVICE float multiply_add_clamped(float a, float b, float c) { return __saturate
 template <int N>
 DEVICE u32 ceiling(float x) { return __float_as_uint(__fmul_ru(x, __uint_as_float(N))); }
 
-// The byte of that index of a table in shared memory, whose address goes into the same sum: it is far below 2^23, so that
-// its bits are a multiple of the smallest float too.
+// The byte of that index of a table in shared memory. Its address is far below 2^23, the bits of a multiple of the smallest
+// float as well, and goes into the same sum.
 template <int N>
 DEVICE u32 byte_at_ceiling(const u8* table, float x) {
     const float start = __uint_as_float((u32)__cvta_generic_to_shared(table));
